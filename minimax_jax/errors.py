@@ -1,0 +1,76 @@
+"""Every error this library raises on bad input: one base class and a closed set of children.
+
+A check looks at the whole of what it was given, gathers a `Problem` for each thing that is wrong, and raises once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong: what, where, what was expected, what was found, and what to do about it."""
+
+    what: str
+    file: str | None = None
+    key: str | None = None
+    expected: str | None = None
+    got: str | None = None
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        fields = ("file", "key", "expected", "got", "remedy")
+        details = [f"{name}: {value}" for name in fields if (value := getattr(self, name)) is not None]
+        return "\n    ".join([self.what, *details])
+
+
+class CheckpointError(Exception):
+    """Base of every error that bad input can cause.
+
+    Attributes:
+        problems: everything that was found wrong, in the order in which it was found.
+    """
+
+    def __init__(self, problems: Problem | Iterable[Problem]):
+        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        if len(self.problems) == 1:
+            return str(self.problems[0])
+        lines = [f"{len(self.problems)} problems"]
+        lines += [f"  {number}. {problem}" for number, problem in enumerate(self.problems[:_SHOWN], 1)]
+        if len(self.problems) > _SHOWN:
+            lines.append(f"  ... and {len(self.problems) - _SHOWN} more")
+        return "\n".join(lines)
+
+
+class ConfigError(CheckpointError):
+    """A config.json that is missing, malformed, or describes something this library does not support."""
+
+
+class FormatError(CheckpointError):
+    """A safetensors file, index or sidecar whose bytes do not keep to their format."""
+
+
+class LayoutError(CheckpointError):
+    """Tensors that are missing, unexpected, incomplete, or of another shape or dtype than the layout says."""
+
+
+class NumericError(CheckpointError):
+    """Values that cannot be converted truthfully, such as NaN or infinity in a weight to be quantised."""
+
+
+class JobError(CheckpointError):
+    """A job that cannot run: the destination is taken, the budget or the disk too small, a write failed."""
+
+
+def raise_if(problems: Iterable[Problem], kind: type[CheckpointError]) -> None:
+    """Raise `kind` with all of `problems`; do nothing when there are none."""
+    found = tuple(problems)
+    if found:
+        raise kind(found)
