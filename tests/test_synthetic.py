@@ -191,7 +191,7 @@ def test_an_empty_folder_and_missing_parents_are_fine(tmp_path):
 
 def test_a_parent_that_is_a_file_is_a_named_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(JobError, match="cannot be created"):
+    with pytest.raises(JobError, match="cannot be written"):
         synthesize(tmp_path / "file" / "out")
 
 

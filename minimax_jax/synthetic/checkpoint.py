@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 from minimax_jax.errors import JobError, Problem, raise_if
 from minimax_jax.io.checkpoint import INDEX_NAME
-from minimax_jax.io.files import io_errors, sync_folder
+from minimax_jax.io.files import io_errors
+from minimax_jax.io.folder import appearing
 from minimax_jax.io.jsonfile import write_json_atomic
-from minimax_jax.io.shards import DEFAULT_SHARD_BYTES, ShardLayout, TensorOut, lay_out
+from minimax_jax.io.shards import DEFAULT_SHARD_BYTES, ShardLayout, TensorOut, index_of, lay_out
 from minimax_jax.io.writer import Writer
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.specs import specs
@@ -57,11 +55,10 @@ def synthesize(
     Raises:
         JobError: the destination is taken, an argument is out of range, the disk is full or fails.
     """
-    path = Path(os.path.realpath(path))
-    raise_if(_argument_problems(path, seed, scaled), JobError)
+    raise_if(_argument_problems(seed, scaled), JobError)
     tensors = _ordered(config, scaled, split_scales)
     shards = lay_out(tensors, shard_bytes=shard_bytes)
-    with _appearing(path) as folder:
+    with appearing(path) as folder:
         if sparse:
             _write_outlines(folder, shards)
         else:
@@ -72,11 +69,7 @@ def synthesize(
             write_json_atomic(folder / name, content)
 
 
-def _argument_problems(path: Path, seed: int, scaled: str) -> Iterator[Problem]:
-    with io_errors(JobError, "destination cannot be read", path):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            remedy = "choose another, or delete it"
-            yield Problem(what="destination exists and is not an empty folder", file=str(path), remedy=remedy)
+def _argument_problems(seed: int, scaled: str) -> Iterator[Problem]:
     if seed < 0:
         yield Problem(what="seed must not be negative", got=str(seed))
     if scaled not in get_args(Scaled):
@@ -120,25 +113,7 @@ def _write_outlines(folder: Path, shards: Sequence[ShardLayout]) -> None:
             stream.write(shard.header)
             stream.truncate(shard.file_bytes)
     if len(shards) > 1:
-        total_bytes = sum(stop - start for shard in shards for start, stop in shard.tensors.values())
-        weight_map = {key: shard.file_name for shard in shards for key in shard.tensors}
-        write_json_atomic(folder / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its name when the block ends well, and is removed when it does not."""
-    folder = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    with io_errors(JobError, "folder cannot be created", folder):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    try:
-        yield folder
-        with io_errors(JobError, "folder cannot be renamed", path):
-            folder.replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    sync_folder(path.parent)
+        write_json_atomic(folder / INDEX_NAME, index_of(shards))
 
 
 def _side_files(config: MiniMaxConfig, scaled: Scaled) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,220 @@
+"""A checkpoint of one or many safetensors files: every header and the index, held against each other."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from minimax_jax.errors import FormatError, Problem, raise_if
+from minimax_jax.io.files import io_errors, open_regular, read_exactly, require_inside
+from minimax_jax.io.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header
+from minimax_jax.io.jsonfile import is_text, parse_object, shown
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+_T = TypeVar("_T")
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+_WEIGHTS = _PICKLES | {SUFFIX, ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The tensors of a folder of safetensors files, or of one file.
+
+    Attributes:
+        path: what was opened.
+        tensors: key to place; files in sorted order, within a file in the order of the data.
+        metadata: the files' own metadata, merged; where files differ, the first one's.
+        files: the files that hold the tensors, sorted.
+        index_file: the index that named them, if there is one.
+    """
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    files: tuple[Path, ...]
+    index_file: Path | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read and check all headers of a checkpoint; no tensor data is read.
+
+    In a folder, `model.safetensors.index.json` says which files count; without it `model.safetensors` counts alone;
+    without that every `.safetensors` file does. `path` may also be an index file or one safetensors file. The shard
+    count in file names and the index's `total_size` are not believed: published ones are wrong.
+
+    Raises:
+        FormatError: there is no checkpoint, or its files break the format or contradict each other; all that is wrong.
+    """
+    with io_errors(FormatError, "no checkpoint can be opened here", path):
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    if is_folder:
+        return _open_folder(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _open_indexed(path, path)
+    if path.suffix.lower() in _PICKLES:
+        raise FormatError(_nothing_to_open(path, [path]))
+    return _merge(path, [read_header(path)])
+
+
+def side_files(path: Path) -> tuple[Path, ...]:
+    """The files of a checkpoint folder that go along with the weights, such as those of the tokenizer; sorted.
+
+    Left out are weights of any format, their indexes, config.json, hidden files and sub-folders. One safetensors file
+    has no side files.
+
+    Raises:
+        FormatError: the folder cannot be listed, or files in it are links that are broken or lead out of it.
+    """
+    if path.name.endswith(INDEX_SUFFIX):
+        path = path.parent
+    with io_errors(FormatError, "folder cannot be listed", path):
+        beside = tuple(file for file in _listed(path) if _is_side_file(file)) if path.is_dir() else ()
+    _for_each(beside, lambda file: require_inside(file, path))
+    return beside
+
+
+def _is_side_file(file: Path) -> bool:
+    if file.name == "config.json" or file.name.endswith(".index.json") or file.suffix.lower() in _WEIGHTS:
+        return False
+    return file.is_file() or not file.exists()  # a broken link is a file that was lost, for the check to report
+
+
+def _listed(folder: Path) -> list[Path]:
+    with io_errors(FormatError, "folder cannot be listed", folder):
+        return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    listed = _listed(folder)
+    index_file, single = folder / INDEX_NAME, folder / SINGLE_NAME
+    if index_file in listed:
+        opened = _open_indexed(folder, index_file)
+        if single in listed and single not in opened.files:
+            what, remedy = "two checkpoints in one folder", f"give the path of {SINGLE_NAME} or of the index instead"
+            raise FormatError(Problem(what=what, file=str(single), got=f"{INDEX_NAME} does not name it", remedy=remedy))
+        return opened
+    files = [single] if single in listed else [file for file in listed if file.suffix == SUFFIX]
+    if not files:
+        raise FormatError(_nothing_to_open(folder, listed))
+    return _merge(folder, _for_each(files, lambda file: _read_inside(file, folder)))
+
+
+def _open_indexed(path: Path, index_file: Path) -> Checkpoint:
+    folder = index_file.parent
+    require_inside(index_file, folder)
+    weight_map = _read_index(index_file)
+    names = sorted(set(weight_map.values()))
+    headers = _for_each([folder / name for name in names], lambda file: _read_inside(file, folder))
+    raise_if(_index_problems(weight_map, dict(zip(names, headers, strict=True)), index_file), FormatError)
+    return _merge(path, headers, index_file)
+
+
+def _read_index(index_file: Path) -> dict[str, str]:
+    fd = open_regular(index_file)
+    try:
+        size = os.fstat(fd).st_size
+        if size > MAX_HEADER_BYTES:
+            expected, got = f"at most {MAX_HEADER_BYTES:,} bytes", f"{size:,} bytes"
+            raise FormatError(Problem(what="index too long", file=str(index_file), expected=expected, got=got))
+        text = bytearray(size)
+        read_exactly(fd, index_file, 0, memoryview(text))
+    finally:
+        os.close(fd)
+    weight_map = parse_object(bytes(text), file=index_file, what="index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        expected, got = "a JSON object that maps each key to its file", reprlib.repr(weight_map)
+        raise FormatError(Problem(what="index without a weight_map", file=str(index_file), expected=expected, got=got))
+    raise_if(_name_problems(weight_map, index_file), FormatError)
+    return weight_map
+
+
+def _name_problems(weight_map: dict[str, object], index_file: Path) -> Iterator[Problem]:
+    safe: set[str] = set()
+    for key, name in weight_map.items():
+        if isinstance(name, str) and (name in safe or _is_safe_name(name)):
+            safe.add(name)
+            continue
+        expected = "the relative path of a file in the folder of the index"
+        got = shown(name) if isinstance(name, str) else reprlib.repr(name)
+        what = "weight_map does not name a file in the folder"
+        yield Problem(what=what, file=str(index_file), key=shown(key), expected=expected, got=got)
+
+
+def _is_safe_name(name: str) -> bool:
+    path = PurePosixPath(name)
+    return is_text(name) and "\0" not in name and path.name != "" and not path.is_absolute() and ".." not in path.parts
+
+
+def _read_inside(file: Path, folder: Path) -> Header:
+    require_inside(file, folder)
+    return read_header(file)
+
+
+def _for_each(files: Iterable[Path], call: Callable[[Path], _T]) -> list[_T]:
+    results: list[_T] = []
+    problems: list[Problem] = []
+    for file in files:
+        try:
+            results.append(call(file))
+        except FormatError as error:
+            problems += error.problems
+    raise_if(problems, FormatError)
+    return results
+
+
+def _index_problems(weight_map: dict[str, str], headers: dict[str, Header], index_file: Path) -> Iterator[Problem]:
+    strays: set[str] = set()
+    for name, header in headers.items():
+        for key in header.tensors:
+            named = weight_map.get(key)
+            if named != name:
+                strays.add(key)
+                what = "tensor in another file than the index says" if named else "the index does not list this tensor"
+                yield Problem(what=what, file=str(header.file), key=shown(key), expected=named and f"in {shown(named)}")
+    for key, name in weight_map.items():
+        if key not in headers[name].tensors and key not in strays:
+            what = "tensor is not in the file that the index names"
+            yield Problem(what=what, file=str(index_file), key=shown(key), expected=f"in {shown(name)}")
+
+
+def _merge(path: Path, headers: list[Header], index_file: Path | None = None) -> Checkpoint:
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    problems: list[Problem] = []
+    for header in headers:
+        for key in header.tensors.keys() & tensors.keys():
+            what, first = "tensor in two files", f"also in {tensors[key].file}"
+            problems.append(Problem(what=what, file=str(header.file), key=shown(key), got=first))
+        tensors.update(header.tensors)
+        metadata = header.metadata | metadata
+    raise_if(problems, FormatError)
+    files = tuple(header.file for header in headers)
+    return Checkpoint(path=path, tensors=tensors, metadata=metadata, files=files, index_file=index_file)
+
+
+def _nothing_to_open(path: Path, listed: Iterable[Path]) -> Problem:
+    pickles = [file.name for file in listed if file.suffix.lower() in _PICKLES]
+    if not pickles:
+        remedy = f"give the folder that holds {INDEX_NAME} or {SINGLE_NAME}, or one {SUFFIX} file"
+        return Problem(what="no safetensors file here", file=str(path), remedy=remedy)
+    return Problem(
+        what="only pickled weights here: they are never read, because unpickling runs code from the file",
+        file=str(path),
+        expected=f"{SUFFIX} files",
+        got=", ".join(pickles[:3]),
+        remedy="take the safetensors form of this checkpoint, or convert it with the library that wrote it",
+    )

@@ -1,0 +1,148 @@
+"""What the other modules here ask of the operating system: open, read and write exactly, stay inside a folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from minimax_jax.errors import CheckpointError, FormatError, JobError, Problem
+
+Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
+
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: opening a FIFO must not wait for a writer
+
+
+@contextmanager
+def io_errors(kind: type[CheckpointError], what: str, file: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into `kind`, saying `what` could not be done to `file`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(Problem(what=what, file=str(file), got=error.strerror or str(error))) from error
+
+
+def open_regular(file: Path) -> int:
+    """Open `file` for reading and return its descriptor.
+
+    Raises:
+        FormatError: it is missing, unreadable, or not a regular file (a folder, device, FIFO or socket).
+    """
+    with io_errors(FormatError, "file cannot be opened", file):
+        fd = os.open(file, _READ_FLAGS)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FormatError(Problem(what="not a regular file", file=str(file)))
+    return fd
+
+
+def read_exactly(fd: int, file: Path, start: int, buffer: memoryview) -> None:
+    """Fill `buffer` with the bytes of `file` from position `start` on.
+
+    Interrupted calls are repeated by Python itself (PEP 475).
+
+    Raises:
+        FormatError: the file ends too early, or cannot be read.
+    """
+    done = 0
+    while done < buffer.nbytes:
+        with io_errors(FormatError, "file cannot be read", file):
+            count = os.preadv(fd, [buffer[done:]], start + done)
+        if count == 0:
+            raise FormatError(short_file(file, expected_bytes=start + buffer.nbytes, got_bytes=start + done))
+        done += count
+
+
+def short_file(file: Path, *, expected_bytes: int, got_bytes: int, key: str | None = None) -> Problem:
+    """The problem of a file that ends before its data does."""
+    return Problem(
+        what="file is truncated: an incomplete download or an interrupted copy",
+        file=str(file),
+        key=key,
+        expected=f"at least {expected_bytes:,} bytes",
+        got=f"{got_bytes:,} bytes",
+        remedy="download or copy this file again",
+    )
+
+
+def write_exactly(fd: int, file: Path, start: int, data: memoryview) -> None:
+    """Write all of `data` to `file` at position `start`.
+
+    Raises:
+        JobError: the file cannot be written (disk full, file size limit, ...).
+    """
+    done = 0
+    while done < data.nbytes:
+        with io_errors(JobError, "file cannot be written", file):
+            done += os.pwrite(fd, data[done:], start + done)
+
+
+def as_bytes(data: Buffer) -> memoryview:
+    """The bytes of `data` as a flat view `[nbytes]` of the same memory; read-only if `data` is.
+
+    numpy hands out no buffer for the dtypes of ml_dtypes, hence the detour over uint8.
+
+    Raises:
+        JobError: the elements do not lie in row-major order without gaps.
+    """
+    view = data if isinstance(data, np.ndarray) else memoryview(data)
+    contiguous = view.flags.c_contiguous if isinstance(view, np.ndarray) else view.c_contiguous
+    if not contiguous:
+        what = "array is not contiguous in row-major order, its bytes in memory are not those of the tensor"
+        raise JobError(Problem(what=what, got=f"shape {view.shape}, strides {view.strides}", remedy="copy it first"))
+    if isinstance(view, np.ndarray):
+        return view.reshape(-1).view(np.uint8).data
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+def require_inside(file: Path, folder: Path) -> None:
+    """Check that `file`, symbolic links followed, is a regular file that lies in `folder`.
+
+    The cache of the Hugging Face hub keeps `<repo>/snapshots/<revision>/x` as a link to `<repo>/blobs/<digest>`;
+    such links are let through.
+
+    Raises:
+        FormatError: the file is missing, not a regular file, or lies elsewhere.
+    """
+    with io_errors(FormatError, "file is missing or cannot be reached", file):
+        root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(file, strict=True))
+        mode = target.stat().st_mode
+    if not any(target.is_relative_to(home) for home in (root, *_blob_folders(root))):
+        remedy = "put the file itself, or give the folder that really holds it"
+        problem = Problem(
+            what="path leaves the folder", file=str(file), expected=str(root), got=str(target), remedy=remedy
+        )
+        raise FormatError(problem)
+    if not stat.S_ISREG(mode):
+        raise FormatError(Problem(what="not a regular file", file=str(file)))
+
+
+def _blob_folders(root: Path) -> Iterator[Path]:
+    for revision in (root, *root.parents):
+        if revision.parent.name == "snapshots":
+            yield revision.parent.parent / "blobs"
+            return
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut.
+
+    Raises:
+        JobError: the folder cannot be opened or flushed.
+    """
+    with io_errors(JobError, "folder cannot be flushed to disk", folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some network file systems cannot flush a folder
+                raise
+        finally:
+            os.close(fd)

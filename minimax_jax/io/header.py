@@ -1,0 +1,235 @@
+"""The header of a safetensors file: parsed and checked before any byte of data is looked at, and written.
+
+A file is: the length of the header (8 bytes, unsigned, little-endian); the header, one JSON object that maps each key
+to its dtype, shape and data_offsets; the data, in which tensors lie without gaps or overlaps.
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import reprlib
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimax_jax.dtypes import DTYPES
+from minimax_jax.errors import FormatError, Problem, raise_if
+from minimax_jax.io.files import open_regular, read_exactly, short_file
+from minimax_jax.io.jsonfile import is_text, parse_object, shown
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+DATA_ALIGNMENT_BYTES = 64  # jax.device_put takes 64-byte aligned host memory without a copy
+METADATA_KEY = "__metadata__"
+
+_PREFIX_BYTES = 8
+_MAX_SIZE = 2**63 - 1
+_MAX_AXES = 64  # numpy's limit
+_MAX_ELEMENTS = _MAX_SIZE // max(dtype.itemsize for dtype in DTYPES.values())
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+_LFS_POINTER = b"version "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorInfo:
+    """Where the bytes of one tensor lie.
+
+    Attributes:
+        key: its name in the file.
+        dtype: its name in the format, such as `F8_E4M3`; see `dtypes.DTYPES`.
+        file: the file that holds it.
+        start: position in `file` of its first byte.
+        stop: position in `file` behind its last byte.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return self.stop - self.start
+
+    @property
+    def np_dtype(self) -> np.dtype[Any]:
+        """The numpy dtype that holds the same bits."""
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What one safetensors file says about itself.
+
+    Attributes:
+        tensors: key to place, in the order of the data.
+        metadata: the free-form text under `__metadata__`.
+        file_bytes: size of the whole file.
+    """
+
+    file: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    file_bytes: int
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header of one safetensors file; no tensor data is read.
+
+    Raises:
+        FormatError: the file cannot be read or breaks the format; all that is wrong with its tensors at once.
+    """
+    fd = open_regular(file)
+    try:
+        file_bytes = os.fstat(fd).st_size
+        prefix = bytearray(min(_PREFIX_BYTES, file_bytes))
+        read_exactly(fd, file, 0, memoryview(prefix))
+        text = bytearray(_header_length(bytes(prefix), file, file_bytes))
+        read_exactly(fd, file, _PREFIX_BYTES, memoryview(text))
+    finally:
+        os.close(fd)
+    return parse_header(bytes(text), file=file, file_bytes=file_bytes)
+
+
+def parse_header(text: bytes, *, file: Path, file_bytes: int) -> Header:
+    """Check the JSON text of a header against the size of its file; the inverse of `serialise_header`.
+
+    Raises:
+        FormatError: all that is wrong with it.
+    """
+    if not text.startswith(b"{"):
+        got = reprlib.repr(text[:16])
+        raise FormatError(Problem(what="header does not start with '{'", file=str(file), got=got))
+    entries = parse_object(text, file=file, what="header")
+    metadata = entries.pop(METADATA_KEY, {})
+    problems = list(_metadata_problems(metadata, file))
+    for key, entry in entries.items():
+        problems += _entry_problems(key, entry, file)
+    raise_if(problems, FormatError)
+    data_start = _PREFIX_BYTES + len(text)
+    infos = sorted((_info(key, entry, file, data_start) for key, entry in entries.items()), key=_place)
+    raise_if(_range_problems(infos, data_start, file, file_bytes), FormatError)
+    return Header(file=file, tensors={info.key: info for info in infos}, metadata=metadata, file_bytes=file_bytes)
+
+
+def serialise_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the data: length, JSON, and spaces up to the next multiple of 64 bytes.
+
+    Args:
+        tensors: key, dtype name, shape and nbytes of each tensor, in the order of the data.
+        metadata: free-form text for `__metadata__`, left out when empty.
+    """
+    entries: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
+    start = 0
+    for key, dtype, shape, nbytes in tensors:
+        entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": (start, start + nbytes)}
+        start += nbytes
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(_PREFIX_BYTES + len(text)) % DATA_ALIGNMENT_BYTES)
+    return struct.pack("<Q", len(text)) + text
+
+
+def is_shape(value: object) -> bool:
+    """Whether `value` is a list or tuple of sizes that numpy can hold: 64 axes, and a byte count that fits 63 bits.
+
+    Axes of length 0 are set aside in that count, as in numpy.
+    """
+    if not isinstance(value, list | tuple) or len(value) > _MAX_AXES or not all(map(_is_size, value)):
+        return False
+    elements: int = math.prod(filter(None, value))
+    return elements <= _MAX_ELEMENTS
+
+
+def _are_offsets(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_size, value)) and value == sorted(value)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_SIZE
+
+
+def _header_length(prefix: bytes, file: Path, file_bytes: int) -> int:
+    if len(prefix) < _PREFIX_BYTES:
+        raise FormatError(short_file(file, expected_bytes=_PREFIX_BYTES, got_bytes=file_bytes))
+    (length,) = struct.unpack("<Q", prefix)
+    if prefix == _LFS_POINTER:
+        remedy = "fetch the file itself: git lfs pull"
+        raise FormatError(Problem(what="Git LFS pointer in place of a safetensors file", file=str(file), remedy=remedy))
+    if length == 0:
+        what, remedy = "header is empty: the file was never finished", "download or write it again"
+        raise FormatError(Problem(what=what, file=str(file), remedy=remedy))
+    if length > MAX_HEADER_BYTES:
+        what, expected = "header too long: not a safetensors file", f"at most {MAX_HEADER_BYTES:,} bytes"
+        raise FormatError(Problem(what=what, file=str(file), expected=expected, got=f"{length:,} bytes"))
+    if _PREFIX_BYTES + length > file_bytes:
+        raise FormatError(short_file(file, expected_bytes=_PREFIX_BYTES + length, got_bytes=file_bytes))
+    return int(length)
+
+
+def _metadata_problems(metadata: object, file: Path) -> Iterator[Problem]:
+    if not isinstance(metadata, dict):
+        got = type(metadata).__name__
+        yield Problem(what="metadata is not a JSON object", file=str(file), key=METADATA_KEY, got=got)
+        return
+    for name, value in metadata.items():
+        if not is_text(value):
+            got = f"{shown(name)}: {reprlib.repr(value)}"
+            yield Problem(what="metadata value is not text", file=str(file), key=METADATA_KEY, got=got)
+
+
+def _entry_problems(key: str, entry: object, file: Path) -> list[Problem]:
+    def problem(what: str, expected: str, got: object) -> Problem:
+        return Problem(what=what, file=str(file), key=shown(key), expected=expected, got=reprlib.repr(got))
+
+    if not isinstance(entry, dict) or not entry.keys() >= _FIELDS:
+        return [problem("tensor lacks a field", "an object with dtype, shape, data_offsets", entry)]
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    found = []
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        found.append(problem("unsupported dtype", f"one of {', '.join(DTYPES)}", dtype))
+    if not is_shape(shape):
+        expected = f"at most {_MAX_AXES} non-negative integers, less than 2**63 bytes in all"
+        found.append(problem("impossible shape", expected, shape))
+    if not _are_offsets(offsets):
+        found.append(problem("impossible data_offsets", "two integers, 0 <= begin <= end", offsets))
+    if not found:
+        needed = math.prod(shape) * DTYPES[dtype].itemsize
+        if offsets[1] - offsets[0] != needed:
+            got = f"{offsets[1] - offsets[0]:,}"
+            found.append(problem("data_offsets do not match dtype and shape", f"{needed:,} bytes", got))
+    return found
+
+
+def _range_problems(infos: list[TensorInfo], data_start: int, file: Path, file_bytes: int) -> Iterator[Problem]:
+    reached = data_start
+    for info in infos:
+        if info.start != reached:
+            what = "data overlaps the tensor before it" if info.start < reached else "gap before the tensor's data"
+            expected, got = f"begins at byte {reached:,} of the file", f"begins at byte {info.start:,}"
+            yield Problem(what=what, file=str(file), key=shown(info.key), expected=expected, got=got)
+        reached = max(reached, info.stop)
+    if reached > file_bytes:
+        first = next(info.key for info in infos if info.stop > file_bytes)
+        yield short_file(file, expected_bytes=reached, got_bytes=file_bytes, key=shown(first))
+    if reached < file_bytes:
+        expected, got = f"{reached:,} bytes", f"{file_bytes:,} bytes"
+        yield Problem(what="bytes behind the last tensor", file=str(file), expected=expected, got=got)
+
+
+def _info(key: str, entry: dict[str, Any], file: Path, data_start: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    shape, start, stop = tuple(entry["shape"]), data_start + begin, data_start + end
+    return TensorInfo(key=key, dtype=entry["dtype"], shape=shape, file=file, start=start, stop=stop)
+
+
+def _place(info: TensorInfo) -> tuple[int, int]:
+    return info.start, info.stop

@@ -1,0 +1,72 @@
+import subprocess
+import sys
+
+import pytest
+
+from minimax_jax.errors import JobError
+from minimax_jax.io.folder import MARK, appearing
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_it_appears_whole_at_the_end(tmp_path):
+    destination = tmp_path / "a" / "out"
+    with appearing(destination) as folder:
+        (folder / "x").write_text("1")
+        assert not destination.exists()
+    assert names(destination) == ["x"]
+    assert names(destination.parent) == ["out"]
+
+
+def test_nothing_is_left_of_a_block_that_fails(tmp_path):
+    with pytest.raises(KeyboardInterrupt), appearing(tmp_path / "out") as folder:
+        (folder / "x").write_text("1")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_an_empty_destination_is_taken_and_a_full_one_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with appearing(tmp_path / "empty") as folder:
+        (folder / "x").touch()
+    with pytest.raises(JobError, match="not an empty folder"), appearing(tmp_path / "empty"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(JobError, match="not an empty folder"), appearing(tmp_path / "file"):
+        pass
+    assert names(tmp_path / "empty") == ["x"]
+
+
+def test_a_foreign_folder_in_the_way_is_not_touched(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "precious").touch()
+    with pytest.raises(JobError, match="not ours"), appearing(tmp_path / "out"):
+        pass
+    assert names(tmp_path / ".out.partial") == ["precious"]
+
+
+def test_two_at_once_are_refused_and_the_first_goes_on(tmp_path):
+    with appearing(tmp_path / "out") as folder:
+        (folder / "x").touch()
+        with pytest.raises(JobError, match="another process"), appearing(tmp_path / "out"):
+            pass
+        assert names(folder) == [MARK, "x"]
+    assert names(tmp_path / "out") == ["x"]
+
+
+def test_what_a_killed_process_left_is_replaced(tmp_path):
+    code = (
+        "import os, sys\n"
+        "from minimax_jax.io.folder import appearing\n"
+        "with appearing(sys.argv[1]) as folder:\n"
+        "    (folder / 'old').touch()\n"
+        "    os._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")]).returncode == 9
+    assert names(tmp_path) == [".out.partial"]
+    with appearing(tmp_path / "out") as folder:
+        (folder / "new").touch()
+    assert names(tmp_path / "out") == ["new"]
+    assert names(tmp_path) == ["out"]
