@@ -1,0 +1,1 @@
+"""Maths on arrays: pure, jittable, jax only."""

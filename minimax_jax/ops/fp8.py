@@ -1,0 +1,276 @@
+"""Block-scaled FP8: codes [..., rows, cols] in float8_e4m3fn, one float32 scale for each block of them.
+
+A scale multiplies: `weight = float32(code) * scale_inv[row // block_rows, col // block_cols]`, as in the published
+MiniMax-M2 checkpoints (`weight_scale_inv`, `weight_block_size`).
+
+Results are the same bit for bit in eager calls and under `jit`, on any backend whose float32 products and sums are
+IEEE: see `minimax_jax.ops.rounding` for how.
+
+Small numbers: XLA flushes float32 denormals on CPU and TPU. The exact results are promised where every value of `x`
+and every product `code * scale` is zero or a normal float32. A block whose `amax / 448` is below the smallest normal
+float32 (1.2e-38) counts as all zero: scale 1.0, codes +-0.
+
+Parts: a matrix whose last axis is several matrices side by side, such as a grouped gate and up [experts, hidden,
+2*inter], has a grid of blocks that starts anew at each of them. `parts` says how many equal parts there are; it makes
+a difference only when a part is not a whole number of blocks.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+from minimax_jax.errors import LayoutError, raise_if
+from minimax_jax.ops import checks
+from minimax_jax.ops.checks import Array, Block, Offset, Start
+from minimax_jax.ops.rounding import (
+    CODE_NAN,
+    F32_INF,
+    F32_MIN_NORMAL,
+    barrier,
+    bits_of,
+    decode,
+    narrow,
+    nearest_code,
+    scale_of_amax,
+    settle,
+    significand_of,
+)
+
+FP8 = jnp.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+def grid_shape(shape: tuple[int, ...], block: Block, *, parts: int = 1) -> tuple[int, ...]:
+    """Shape of the scales of a weight.
+
+    Args:
+        shape: of the weight, [..., rows, cols]; `cols` is a multiple of `parts`.
+        block: rows and columns of one block.
+        parts: equal parts of the last axis, each with its own grid.
+
+    Returns:
+        [..., ceil(rows / block_rows), parts * ceil(cols / parts / block_cols)].
+    """
+    return checks.grid_shape(shape, block, parts=parts)
+
+
+def dequantize(
+    values: Array,
+    scale_inv: Array,
+    dtype: DTypeLike = jnp.bfloat16,
+    *,
+    block: Block = (128, 128),
+    offset: Offset | None = None,
+    parts: int = 1,
+) -> jax.Array:
+    """Weights of FP8 codes, or of any slice of them: `dtype(float32(code) * scale)`, bit for bit.
+
+    Args:
+        values: codes, float8_e4m3fn [..., rows, cols]. NaN codes become NaN.
+        scale_inv: float32 [..., block rows, block cols]: the grid of `values` or, with `offset`, of a larger matrix.
+        dtype: float32, bfloat16 or float16. Inside a larger `jit` the first two fuse with what follows; float16 is
+            kept apart from it by a barrier.
+        block: rows and columns of one block.
+        offset: row and column of `values[..., 0, 0]` in the matrix that `scale_inv` describes; integers or traced
+            scalars (the start of a device's shard). None: `values` is all of that matrix. What a traced offset puts
+            beyond the end of the grid comes out as NaN, since it cannot be checked.
+        parts: equal parts of the last axis of `values`, each with its own grid. With more than one, the last axis must
+            be whole (column offset 0); where parts are whole blocks, `parts=1` says the same and can be sliced.
+
+    Returns:
+        The weights, `dtype` [..., rows, cols]; a copy.
+
+    Raises:
+        LayoutError: wrong dtypes, or shapes that do not fit each other.
+    """
+    if offset is not None:
+        offset = (_start(offset[0]), _start(offset[1]))
+    problems = checks.scaled_problems(values, scale_inv, block, parts, offset) + checks.result_problems(dtype)
+    raise_if(problems, LayoutError)
+    fixed = offset is None or (isinstance(offset[0], int) and isinstance(offset[1], int))
+    run = _dequantize_fixed if fixed else _dequantize_traced
+    weights: jax.Array = run(values, scale_inv, offset, dtype=np.dtype(dtype), block=block, parts=parts)
+    return weights
+
+
+def quantize(
+    x: Array, scale_inv: Array | None = None, *, block: Block = (128, 128), parts: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """FP8 codes and scales of weights.
+
+    Without `scale_inv`, the scale of a block is `amax / 448` (IEEE division in float32), or 1.0 where that is zero or
+    below the smallest normal float32. Codes are `x / scale` in float32, rounded to nearest even and saturated at
+    +-448; zeros keep their sign.
+
+    Args:
+        x: weights, float32, bfloat16 or float16 [..., rows, cols].
+        scale_inv: scales to use, float32 [..., block rows, block cols], or None to derive them. With the scales of
+            the codes that a float32 or bfloat16 weight was made of, the same codes come back.
+        block: rows and columns of one block.
+        parts: equal parts of the last axis, each with its own grid.
+
+    Returns:
+        Codes, float8_e4m3fn [..., rows, cols], and their scales, float32.
+
+    Raises:
+        LayoutError: wrong dtypes, or shapes that do not fit each other.
+        NumericError: NaN or infinity in `x`, or a given scale that is no normal number over values other than zero.
+            Under a trace nothing can be raised: where scales are derived, the block gets a NaN scale and NaN codes
+            (zeros stay zero); where they are given, the values concerned get NaN codes.
+    """
+    raise_if(checks.weight_problems(x, scale_inv, block, parts), LayoutError)
+    if scale_inv is None:
+        values, derived, bad = _quantize_by_amax(x, block=block, parts=parts)
+        checks.raise_if_bad(bad, x)
+        return values, derived
+    values, bad = _quantize_by_scale(x, scale_inv, block=block, parts=parts)
+    checks.raise_if_bad(bad, x, scale_inv)
+    return values, jnp.asarray(scale_inv)
+
+
+def requantize(
+    x: Array, scale_inv: Array, *, block: Block = (128, 128), parts: int = 1
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """FP8 codes of weights that may have changed since they were dequantised.
+
+    A matrix keeps its given scales when they reproduce it: `dequantize(quantize(x, s), s)` equals `x` in all bits,
+    the sign of zero included. Any other matrix gets scales by amax, as from `quantize(x)`.
+
+    Args:
+        x: weights, float32, bfloat16 or float16 [..., rows, cols].
+        scale_inv: the scales they had, float32 [..., block rows, block cols].
+        block: rows and columns of one block.
+        parts: equal parts of the last axis, each with its own grid.
+
+    Returns:
+        Codes, float8_e4m3fn [..., rows, cols]; scales, float32; and `kept`, bool [...]: which matrices kept theirs.
+
+    Raises:
+        LayoutError: wrong dtypes, or shapes that do not fit each other.
+        NumericError: NaN or infinity in `x`. Under a trace: as in `quantize`.
+    """
+    raise_if(checks.weight_problems(x, scale_inv, block, parts), LayoutError)
+    values, scales, kept, bad = _requantize(x, scale_inv, block=block, parts=parts)
+    checks.raise_if_bad(bad, x)
+    return values, scales, kept
+
+
+def _start(offset: Start) -> Start:
+    """Any kind of integer as an int; traced scalars as they are."""
+    return offset if isinstance(offset, jax.Array) else operator.index(offset)
+
+
+def _dequantize(
+    values: jax.Array, scale_inv: jax.Array, offset: Offset | None, dtype: np.dtype[Any], block: Block, parts: int
+) -> jax.Array:
+    return narrow(decode(values) * _spread(scale_inv, values.shape, block, parts, offset or (0, 0)), dtype)
+
+
+_dequantize_fixed = jax.jit(_dequantize, static_argnames=("offset", "dtype", "block", "parts"))
+_dequantize_traced = jax.jit(_dequantize, static_argnames=("dtype", "block", "parts"))
+
+
+@partial(jax.jit, static_argnames=("block", "parts"))
+def _quantize_by_amax(x: jax.Array, block: Block, parts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x = settle(x)
+    scale_inv = scale_of_amax(_block_amax(x, block, parts))
+    return _encode(x, scale_inv, block, parts), scale_inv, jnp.isnan(scale_inv).any()
+
+
+@partial(jax.jit, static_argnames=("block", "parts"))
+def _quantize_by_scale(x: jax.Array, scale_inv: jax.Array, block: Block, parts: int) -> tuple[jax.Array, jax.Array]:
+    x = settle(x)
+    bad = bits_of(_block_amax(x, block, parts)) >= _limit(scale_inv)
+    return _encode(x, scale_inv, block, parts), bad.any()
+
+
+@partial(jax.jit, static_argnames=("block", "parts"))
+def _requantize(
+    x: jax.Array, scale_inv: jax.Array, block: Block, parts: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    x = settle(x)
+    derived = scale_of_amax(_block_amax(x, block, parts))
+    back = _dequantize(_encode(x, scale_inv, block, parts), scale_inv, None, x.dtype, block, parts)
+    changed = (bits_of(back) ^ bits_of(x)).max(-2).max(-1) != 0
+    kept = ~changed & ~jnp.isnan(derived).any((-2, -1))
+    scales = jnp.where(kept[..., None, None], scale_inv, derived)
+    return _encode(x, scales, block, parts), scales, kept, jnp.isnan(derived).any()
+
+
+def _encode(x: jax.Array, scale_inv: jax.Array, block: Block, parts: int) -> jax.Array:
+    """Codes of `x / scale`. NaN where `x` is not finite, or not zero under a scale that is no normal float32."""
+    limit = _limit(scale_inv)
+    scale = jnp.where(limit > 1, scale_inv, np.float32(1.0))
+    # The barrier has these computed once a block, not once an element.
+    grids = barrier((scale, 1 / significand_of(scale), limit))
+    scale, reciprocal, limit = (_spread(grid, x.shape, block, parts) for grid in grids)
+    wide = x.astype(jnp.float32)
+    code = nearest_code(jnp.abs(wide), scale, reciprocal)
+    code = jnp.where((bits_of(wide) & 0x7FFFFFFF) >= limit, jnp.uint32(CODE_NAN), code)
+    sign = ((bits_of(wide) ^ bits_of(scale)) >> 24) & 0x80
+    return lax.bitcast_convert_type((code | sign).astype(jnp.uint8), FP8)
+
+
+def _limit(scale_inv: jax.Array) -> jax.Array:
+    """Bits of the smallest magnitude that has no code: infinity, or anything but zero if the scale is not normal."""
+    exponent = bits_of(scale_inv) & F32_INF
+    usable = (exponent >= F32_MIN_NORMAL) & (exponent < F32_INF)
+    return jnp.where(usable, jnp.uint32(F32_INF), jnp.uint32(1))
+
+
+def _block_amax(x: jax.Array, block: Block, parts: int) -> jax.Array:
+    """Largest magnitude of each block, float32; NaN or infinity if there is one in it.
+
+    Rows first, since splitting only the row axis costs no change of layout, and what is left is small. Maximum and
+    minimum, because a TPU does not fuse `abs` into the reduction but writes it out.
+    """
+    *lead, _, cols = x.shape
+    x = _pad(x, -2, block[0]).reshape(*lead, -1, block[0], cols)
+    size = jnp.maximum(x.max(-2), -x.min(-2))
+    size = _pad(size.reshape(*size.shape[:-1], parts, cols // parts), -1, block[1])
+    size = size.reshape(*size.shape[:-2], -1, block[1]).max(-1)
+    return jnp.abs(size.astype(jnp.float32))
+
+
+def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths)
+
+
+def _spread(grid: jax.Array, shape: tuple[int, ...], block: Block, parts: int, offset: Offset = (0, 0)) -> jax.Array:
+    """`grid` [..., block rows, block cols] repeated over its blocks; of that, `shape` [..., rows, cols] at `offset`.
+
+    Columns first: the other way round, a TPU writes the repeated grid out at full size, three times.
+    """
+    cols, lead = shape[-1], grid.shape[:-1]
+    if parts == 1:
+        grid = _spread_axis(grid, grid.ndim - 1, cols, block[1], offset[1])
+    else:
+        apart = grid.reshape(*lead, parts, grid.shape[-1] // parts)
+        grid = _spread_axis(apart, grid.ndim, cols // parts, block[1], 0).reshape(*lead, cols)
+    return _spread_axis(grid, grid.ndim - 2, shape[-2], block[0], offset[0])
+
+
+def _spread_axis(grid: jax.Array, axis: int, size: int, block: int, offset: Start) -> jax.Array:
+    """Repeat along one axis. A traced start is met by a choice between neighbours: a dynamic slice would not fuse."""
+    if isinstance(offset, int):
+        first, skip = divmod(offset, block)
+        grid = lax.slice_in_dim(grid, first, first - (-(skip + size) // block), axis=axis)
+        return lax.slice_in_dim(jnp.repeat(grid, block, axis), skip, skip + size, axis=axis)
+    count = -(-size // block)
+    beyond = [(0, count + 1 if a == axis else 0) for a in range(grid.ndim)]
+    grid = jnp.pad(grid, beyond, constant_values=np.float32(np.nan))
+    grid = lax.dynamic_slice_in_dim(grid, offset // block, count + 1, axis)
+    near, far = (jnp.repeat(lax.slice_in_dim(grid, i, i + count, axis=axis), block, axis) for i in (0, 1))
+    position = lax.broadcasted_iota(jnp.int32, near.shape, axis) % block
+    spread = jnp.where(position + offset % block < block, near, far)
+    return lax.slice_in_dim(spread, 0, size, axis=axis)
