@@ -1,0 +1,169 @@
+"""Checks the tensors of a checkpoint, on disk or in memory, against the specs before any long work."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from minimax_jax.dtypes import FLOATS
+from minimax_jax.errors import LayoutError, Problem
+from minimax_jax.layout.config import MiniMaxConfig
+from minimax_jax.layout.diagnosis import Stored, explain, problem_of
+from minimax_jax.layout.specs import Entry, Specs, specs
+from minimax_jax.layout.table import PREFIX, SCALE_SUFFIX
+
+Layout = Literal["hf", "native"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """A checkpoint that passed its check.
+
+    Attributes:
+        layout: whose names the tensors have.
+        specs: what was checked against.
+        dtypes: stored dtype of the weights, by native name; entries that a partial checkpoint lacks are absent.
+    """
+
+    layout: Layout
+    specs: Specs
+    dtypes: dict[str, str]
+
+    @property
+    def entries(self) -> Iterator[Entry]:
+        """The entries that are there."""
+        return (entry for entry in self.specs.entries if entry.native in self.dtypes)
+
+
+def survey(
+    tensors: Mapping[str, Stored], config: MiniMaxConfig, *, layout: Layout | None = None, partial: bool = False
+) -> Survey:
+    """Check every tensor against the specs.
+
+    Args:
+        tensors: stored tensors by name.
+        config: the checkpoint's config.
+        layout: whose names they should have; None finds out from the names.
+        partial: allow whole native tensors to be absent; those that are there must be complete all the same.
+
+    Raises:
+        LayoutError: everything that is missing, unexpected, incomplete, of a wrong shape or dtype, FP8 without scales
+            or scales without FP8. Many problems of one kind are told as one, with their number.
+    """
+    bare = bool(tensors) and not any(key.startswith(PREFIX) for key in tensors)
+    table = specs(config, "" if bare else PREFIX)
+    layout = _settle(tensors, table, layout)
+    checks = [_EntryCheck(entry, layout, tensors) for entry in table.entries]
+    known = {name for check in checks for name in check.names}
+    unexpected = [key for key in tensors if key not in known]
+    wanted = [check for check in checks if check.present or not partial]
+    problems = [problem for check in wanted for problem in check.problems()]
+    if problems or unexpected:
+        raise LayoutError(
+            explain(tensors, table, layout=layout, problems=problems, unexpected=unexpected, partial=partial)
+        )
+    return Survey(layout=layout, specs=table, dtypes={check.entry.native: check.dtype for check in wanted})
+
+
+def detect(keys: Collection[str], table: Specs) -> Layout | None:
+    """Whose names these are; None when all of them are names that both layouts share."""
+    if _first(_native_names(table), keys) is not None:
+        return "native"
+    return "hf" if _first(_hf_names(table), keys) is not None else None
+
+
+def _settle(tensors: Mapping[str, Stored], table: Specs, layout: Layout | None) -> Layout:
+    found = detect(tensors, table)
+    if layout is None or found is None or found == layout:
+        return layout or found or "hf"
+    key = _first(_native_names(table) if found == "native" else _hf_names(table), tensors)
+    what = "the tensors have the names of the other layout"
+    raise LayoutError(Problem(what=what, key=key, expected=layout, got=found))
+
+
+def _native_names(table: Specs) -> Iterator[str]:
+    """Names of weights that the native layout alone has."""
+    return (name for name in table.by_native if name not in table.places)
+
+
+def _hf_names(table: Specs) -> Iterator[str]:
+    """Names of weights that the Hugging Face layout alone has."""
+    return (key for entry in table.entries for keys in entry.keys for key in keys if key != entry.native)
+
+
+def _first(names: Iterable[str], keys: Collection[str]) -> str | None:
+    return next((name for name in names if name in keys), None)
+
+
+class _EntryCheck:
+    """Compares the stored tensors of one entry with what it should have.
+
+    Attributes:
+        names: of all tensors that the entry may have: weights, and scales where it is block-scaled.
+        present: those of them that are there.
+        dtype: stored dtype of the weights.
+    """
+
+    def __init__(self, entry: Entry, layout: Layout, tensors: Mapping[str, Stored]):
+        self.entry = entry
+        self.tensors = tensors
+        self.native = layout == "native"
+        self.weights = [entry.native] if self.native else [key for keys in entry.keys for key in keys]
+        self.names = [*self.weights, *(key + SCALE_SUFFIX for key in self.weights if entry.row.scaled)]
+        self.present = [key for key in self.names if key in tensors]
+        self.dtype = next((tensors[key].dtype for key in self.weights if key in tensors), "")
+
+    def problems(self) -> Iterator[Problem]:
+        """Everything that is wrong with the entry."""
+        yield from self._missing()
+        yield from self._mixed()
+        for key in self.weights:
+            if key in self.tensors:
+                yield from self._weight(key, self.tensors[key])
+            if self.entry.row.scaled:
+                yield from self._scale(key)
+
+    def _missing(self) -> Iterator[Problem]:
+        missing = [key for key in self.weights if key not in self.tensors]
+        if missing:
+            expected = f"{len(self.weights)} for {self.entry.row.native}"
+            got = str(len(self.weights) - len(missing))
+            remedy = "fetch an incomplete download again"
+            yield Problem(what="missing tensor", key=missing[0], expected=expected, got=got, remedy=remedy)
+
+    def _mixed(self) -> Iterator[Problem]:
+        first_keys = {self.tensors[key].dtype: key for key in reversed(self.weights) if key in self.tensors}
+        if len(first_keys) > 1:
+            key = next(key for dtype, key in first_keys.items() if dtype != self.dtype)
+            what, got = "weights of one tensor differ in dtype", " and ".join(sorted(first_keys))
+            yield problem_of(what, key, self.tensors[key], expected=f"{self.dtype} throughout", got=got)
+
+    def _weight(self, key: str, stored: Stored) -> Iterator[Problem]:
+        allowed = ("F8_E4M3", *FLOATS) if self.entry.row.scaled else FLOATS
+        shape = self.entry.shape if self.native else self.entry.part_shape
+        if stored.dtype not in allowed:
+            yield problem_of("wrong dtype", key, stored, expected=" or ".join(allowed), got=stored.dtype)
+        if stored.shape != shape:
+            remedy = "it looks transposed" if sorted(stored.shape) == sorted(shape) else None
+            got = str(list(stored.shape))
+            yield problem_of("wrong shape", key, stored, expected=str(list(shape)), got=got, remedy=remedy)
+
+    def _scale(self, weight_key: str) -> Iterator[Problem]:
+        key = weight_key + SCALE_SUFFIX
+        weight, scale = self.tensors.get(weight_key), self.tensors.get(key)
+        quantized = weight is not None and weight.dtype == "F8_E4M3"
+        if weight is not None and quantized and scale is None:
+            expected = f"a tensor of that name with {SCALE_SUFFIX} behind it"
+            yield problem_of("FP8 weight without its scales", weight_key, weight, expected=expected, got="none")
+        if scale is None:
+            return
+        if not quantized:
+            got = "no weight" if weight is None else weight.dtype
+            yield problem_of("scales without their FP8 weight", key, scale, expected="a weight in F8_E4M3", got=got)
+        if scale.dtype != "F32":
+            yield problem_of("wrong dtype", key, scale, expected="F32", got=scale.dtype)
+        grid = self.entry.grid if self.native else self.entry.part_grid
+        if scale.shape != grid:
+            got = str(list(scale.shape))
+            yield problem_of("wrong grid of scales", key, scale, expected=str(list(grid)), got=got)
