@@ -13,6 +13,7 @@ from .jobs.front import convert as convert
 from .jobs.front import inspect as inspect
 from .jobs.front import plan as plan
 from .jobs.front import verify as verify
+from .jobs.read import read_tree as read_tree
 from .layout.config import MiniMaxConfig as MiniMaxConfig
 from .layout.specs import specs as specs
 from .layout.table import NON_QUANTIZED_KEY_PATTERNS as NON_QUANTIZED_KEY_PATTERNS

@@ -1,0 +1,217 @@
+"""The command line: parse, call, show. No logic, and no heavy import before a command runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from minimax_jax import console
+from minimax_jax.errors import CheckpointError
+
+EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 3, 130
+
+_SIZES = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
+_SIZES |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
+
+
+class Size(click.ParamType[int]):
+    """A positive number of bytes such as `4GiB`, `5GB` or `300000000`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes."""
+        if isinstance(value, int):
+            return value
+        number = value.rstrip("kKmMgGtTiIbB ")
+        try:
+            nbytes = int(float(number) * _SIZES[value[len(number) :].strip().upper()])
+        except (KeyError, ValueError, OverflowError):
+            nbytes = 0
+        return nbytes if nbytes > 0 else self.fail(f"{value!r} is not a size such as 4GiB, 5GB or 300MB", param, ctx)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="minimax_jax")
+def cli() -> None:
+    """Move MiniMax-M2 checkpoints between Hugging Face FP8, JAX and NeMo AutoModel, exact to the bit.
+
+    Exit codes: 0 good, 1 a difference was found, 2 usage, 3 bad input, 130 interrupted.
+    """
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command with `--json`, and turn the library's errors into exit codes."""
+
+    @functools.wraps(function)
+    def guarded(*, as_json: bool, **options: Any) -> None:
+        try:
+            function(as_json=as_json, **options)
+        except CheckpointError as error:
+            console.show_error(error, as_json=as_json)
+            raise click.exceptions.Exit(EXIT_BAD_INPUT) from error
+        except KeyboardInterrupt as error:
+            click.echo("interrupted; nothing was left behind that looks whole", err=True)
+            raise click.exceptions.Exit(EXIT_INTERRUPTED) from error
+
+    with_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(guarded)
+    return cli.command()(with_json)
+
+
+_PATH = click.Path(path_type=Path)
+_quiet = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+_ignore = click.option(
+    "--ignore-attribute", "ignore", multiple=True, metavar="NAME", help="An unknown attribute of config.json to ignore."
+)
+
+
+_TARGETS, _DTYPES = ("native", "hf", "hf-fp8"), ("bf16", "f32", "fp8")
+
+
+def _fitting(context: click.Context, parameter: click.Parameter, dtype: str | None) -> str | None:
+    """`--dtype`, which must not contradict `--to`."""
+    from minimax_jax.jobs import front
+
+    try:
+        front.target(context.params["to"], dtype)
+    except CheckpointError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+    return dtype
+
+
+def _conversion_options(function: Callable[..., None]) -> Callable[..., None]:
+    options = (
+        click.option("--to", type=click.Choice(_TARGETS), default="native", show_default=True, is_eager=True),
+        click.option("--dtype", type=click.Choice(_DTYPES), callback=_fitting, help="Of the block-scaled weights."),
+        click.option("--max-memory", "max_memory_bytes", type=Size(), default="4GiB", show_default=True),
+        click.option("--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True),
+        click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads."),
+        _ignore,
+    )
+    return functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
+
+
+@_command
+@click.argument("path", type=_PATH)
+@_ignore
+def inspect(path: Path, ignore: tuple[str, ...], as_json: bool) -> None:
+    """What a checkpoint is, from its headers; all that is wrong with it otherwise."""
+    from minimax_jax.jobs import front, report
+
+    seen = front.inspect(path, ignore=ignore)
+    console.show_json(report.inspection_json(seen)) if as_json else console.show(report.inspection_view(seen))
+
+
+@_command
+@click.argument("src", type=_PATH)
+@_conversion_options
+def plan(src: Path, as_json: bool, **options: Any) -> None:
+    """What a conversion would read and write, and the memory it needs; nothing is written."""
+    from minimax_jax.jobs import front, report
+
+    made = front.plan(src, **options)
+    console.show_json(report.plan_json(made)) if as_json else console.show(report.plan_view(made))
+
+
+@_command
+@click.argument("src", type=_PATH)
+@click.argument("dst", type=_PATH)
+@_conversion_options
+@_quiet
+def convert(src: Path, dst: Path, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Convert the checkpoint SRC into the new folder DST, streaming.
+
+    \b
+    minimax-jax convert MiniMax-M2 m2-native                         FP8 to bf16 grouped experts
+    minimax-jax convert MiniMax-M2 m2-native-fp8 --dtype fp8         grouped experts that stay FP8
+    minimax-jax convert m2-native m2-back --to hf-fp8                and back, byte for byte
+    """  # noqa: D301 - click wants the character, not the escape
+    from minimax_jax.jobs import front, report
+
+    with console.progress("convert", quiet=quiet) as listener:
+        done = front.convert(src, dst, progress=listener, **options)
+    console.show_json(report.report_json(done)) if as_json else console.show(report.report_view(done))
+
+
+@_command
+@click.argument("first", type=_PATH)
+@click.argument("second", type=_PATH, required=False)
+@click.option("--by", type=click.Choice(["value", "bytes"]), default="value", show_default=True)
+@click.option("-o", "--output", "certificate", type=_PATH, help="Write the certificate to this file.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads.")
+@_ignore
+@_quiet
+def verify(first: Path, second: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Compare two checkpoints, in any two layouts, and certify every tensor; or digest one.
+
+    By value, FP8 weights are dequantised and compared in the less precise dtype of the two; by bytes, dtypes, codes and
+    scales must be the same. Exits with 1 on a difference.
+    """
+    from minimax_jax.jobs import front, report
+    from minimax_jax.jobs.certificate import certificate
+
+    with console.progress("verify", quiet=quiet) as listener:
+        seen = front.verify(first, second, progress=listener, **options)
+    console.show_json(certificate(seen)) if as_json else console.show(report.verification_view(seen))
+    if not seen.good:
+        raise click.exceptions.Exit(EXIT_DIFFERENT)
+
+
+@_command
+@click.argument("dst", type=_PATH)
+@click.option("--real", is_flag=True, help="The published sizes; a tiny model otherwise.")
+@click.option("--layers", type=click.IntRange(min=1), help="Instead of the size's own.")
+@click.option("--experts", type=click.IntRange(min=1), help="Instead of the size's own.")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="fp8", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True)
+@click.option("--sparse", is_flag=True, help="Headers alone: files of full size that take no room, and read as zeros.")
+@_quiet
+def synth(
+    dst: Path,
+    real: bool,
+    layers: int | None,
+    experts: int | None,
+    dtype: str,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Write a made-up checkpoint in the exact published layout into the new folder DST.
+
+    \b
+    minimax-jax synth tiny                                  under 1 MB
+    minimax-jax synth layer --real --layers 1               one real layer, 3.6 GB
+    minimax-jax synth whole --real --sparse                 all 230 GB, in a few MB of disk
+    """  # noqa: D301 - click wants the character, not the escape
+    from minimax_jax import synthetic
+    from minimax_jax.jobs import front, report
+
+    config = synthetic.config(real=real, layers=layers, experts=experts)
+    with console.progress("synth", quiet=quiet) as listener:
+        synthetic.synthesize(dst, config, scaled=front.STORED[dtype], progress=listener, **options)
+    seen = front.inspect(dst)
+    console.show_json(report.inspection_json(seen)) if as_json else console.show(report.inspection_view(seen))
+
+
+@_command
+@click.argument("folder", type=_PATH, default="minimax-demo")
+def demo(folder: Path, as_json: bool) -> None:
+    """Show it all on a tiny checkpoint in FOLDER: FP8 to native and back, byte for byte, with the certificate."""
+    from minimax_jax import demo as demonstration
+    from minimax_jax.jobs import report
+    from minimax_jax.jobs.certificate import certificate
+
+    seen = demonstration.run(folder, say=lambda line: click.echo(line, err=as_json))
+    console.show_json(certificate(seen)) if as_json else console.show(report.certificate_view(seen))
+    if not seen.good:
+        raise click.exceptions.Exit(EXIT_DIFFERENT)
+
+
+def main() -> None:
+    """Entry point of `minimax-jax`."""
+    cli()

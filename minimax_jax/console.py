@@ -1,0 +1,92 @@
+"""The terminal: results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from minimax_jax.errors import CheckpointError
+    from minimax_jax.progress import Progress
+
+_LINE_SECONDS = 10
+"""Time between plain progress lines where there is no terminal."""
+
+_ENDLESS = 10_000
+"""Width of a page that nobody looks at."""
+
+Listener = Callable[["Progress"], None]
+
+
+def show(views: Iterable[Any]) -> None:
+    """Print renderables on stdout; nothing is cut or wrapped where stdout is not a terminal."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else _ENDLESS, highlight=False)
+    for view in views:
+        console.print(_plain(view), markup=False) if isinstance(view, str) else console.print(view)
+
+
+def show_json(document: Any) -> None:
+    """Print one JSON document on stdout."""
+    click.echo(json.dumps(document, indent=2))
+
+
+def show_error(error: CheckpointError, *, as_json: bool) -> None:
+    """Print an error on stderr; as a JSON document on stdout as well where that was asked for."""
+    click.echo(_plain(f"error: {error}"), err=True)
+    if as_json:
+        fields = ("what", "file", "key", "expected", "got", "remedy")
+        problems = [{name: getattr(problem, name) for name in fields} for problem in error.problems]
+        show_json({"error": type(error).__name__, "problems": problems})
+
+
+def _plain(text: str) -> str:
+    """`text` with control characters and half surrogates written out: names come from files, and a terminal obeys."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
+@contextmanager
+def progress(what: str, *, quiet: bool) -> Iterator[Listener | None]:
+    """A listener for a job's progress: a bar on a terminal, a plain line now and then elsewhere."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with _bar(what) as listener:
+            yield listener
+    else:
+        yield _Lines(what)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Listener]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda moment: bar.update(task, total=moment.total_bytes, completed=moment.done_bytes)
+
+
+class _Lines:
+    """Prints a line with rate and time left, at most one in ten seconds."""
+
+    def __init__(self, what: str):
+        self._what = what
+        self._next = time.monotonic() + _LINE_SECONDS
+
+    def __call__(self, moment: Progress) -> None:
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _LINE_SECONDS
+        rate = moment.done_bytes / max(moment.seconds, 1e-9)
+        left = (moment.total_bytes - moment.done_bytes) / max(rate, 1)
+        share = moment.done_bytes / max(moment.total_bytes, 1)
+        click.echo(f"{self._what}: {share:.0%}, {rate / 1e9:.2f} GB/s, {left:.0f} s left", err=True)

@@ -1,0 +1,1 @@
+"""Long work over whole checkpoints: planned, streamed, verified."""

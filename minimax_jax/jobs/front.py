@@ -1,0 +1,170 @@
+"""The jobs by path: what the package exports as `inspect`, `plan`, `convert` and `verify`.
+
+What needs jax is imported where it is called: looking at a checkpoint and planning answer without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from minimax_jax.errors import JobError, Problem
+from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
+from minimax_jax.jobs import inspect as inspecting
+from minimax_jax.jobs import plan as planning
+from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS, Plan, Target
+from minimax_jax.jobs.source import open_source
+from minimax_jax.progress import Progress
+
+if TYPE_CHECKING:
+    from minimax_jax.jobs.run import Report
+    from minimax_jax.jobs.verify import Verification
+
+TARGETS = {
+    "native": Target(layout="native", dtype="BF16"),
+    "hf": Target(layout="hf", dtype="BF16"),
+    "hf-fp8": Target(layout="hf", dtype="F8_E4M3"),
+}
+"""Targets by the name that users give them."""
+
+STORED: Mapping[str, Literal["BF16", "F32", "F8_E4M3"]] = {"bf16": "BF16", "f32": "F32", "fp8": "F8_E4M3"}
+"""dtypes of block-scaled weights by the name that users give them."""
+
+
+def target(to: str, dtype: str | None = None) -> Target:
+    """The target of a name (`native`, `hf`, `hf-fp8`) and an optional dtype (`bf16`, `f32`, `fp8`).
+
+    Raises:
+        JobError: there is no such target or dtype, or they contradict each other.
+    """
+    if to not in TARGETS or (dtype is not None and dtype not in STORED):
+        expected = f"one of {', '.join(TARGETS)}; dtype one of {', '.join(STORED)}"
+        raise JobError(Problem(what="no such target", expected=expected, got=f"{to}, dtype {dtype}"))
+    chosen = TARGETS[to]
+    if dtype is None:
+        return chosen
+    if to == "hf-fp8" and dtype != "fp8":
+        remedy = f"hf with dtype {dtype}"
+        raise JobError(Problem(what="target hf-fp8 stores FP8", expected="fp8", got=dtype, remedy=remedy))
+    return Target(layout=chosen.layout, dtype=STORED[dtype])
+
+
+def inspect(path: str | Path, *, ignore: Collection[str] = ()) -> inspecting.Inspection:
+    """What a checkpoint is, from its headers; raises as `open_source`."""
+    return inspecting.inspect(open_source(path, ignore=ignore))
+
+
+def plan(
+    path: str | Path,
+    *,
+    to: str = "native",
+    dtype: str | None = None,
+    max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    workers: int = DEFAULT_WORKERS,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ignore: Collection[str] = (),
+) -> Plan:
+    """What a conversion would do, from headers alone.
+
+    Args:
+        path: the checkpoint to convert.
+        to: `native`, `hf` or `hf-fp8`.
+        dtype: of block-scaled weights in the output: `bf16` (the default but for hf-fp8), `f32`, `fp8`.
+        max_memory_bytes: budget over what the process has at the start.
+        workers: threads.
+        shard_bytes: most bytes of tensor data in one output file.
+        ignore: attributes of config.json to leave unread.
+
+    Raises:
+        CheckpointError: as `open_source`; JobError where the budget is too small or the target makes no sense.
+    """
+    return planning.plan(
+        open_source(path, ignore=ignore),
+        target(to, dtype),
+        max_memory_bytes=max_memory_bytes,
+        workers=workers,
+        shard_bytes=shard_bytes,
+    )
+
+
+def convert(
+    path: str | Path,
+    destination: str | Path,
+    *,
+    to: str = "native",
+    dtype: str | None = None,
+    max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    workers: int = DEFAULT_WORKERS,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ignore: Collection[str] = (),
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Convert a checkpoint out of core: `plan`, then run.
+
+    The destination appears whole, by rename, or not at all. A float native output carries the block scales of an FP8
+    source in `source_scales.safetensors`, with which a later `hf-fp8` returns unchanged weights byte for byte.
+
+    Args:
+        path: the checkpoint to convert.
+        destination: a folder that does not exist yet, or is empty.
+        to: as in `plan`.
+        dtype: as in `plan`.
+        max_memory_bytes: as in `plan`.
+        workers: as in `plan`.
+        shard_bytes: as in `plan`.
+        ignore: as in `plan`.
+        progress: called as the work goes on.
+
+    Raises:
+        CheckpointError: as `plan`; JobError where the destination is taken, the disk too small, or a write fails;
+            NumericError where a weight to be quantised holds NaN or infinity.
+    """
+    from minimax_jax.jobs.run import run
+
+    planned = plan(
+        path,
+        to=to,
+        dtype=dtype,
+        max_memory_bytes=max_memory_bytes,
+        workers=workers,
+        shard_bytes=shard_bytes,
+        ignore=ignore,
+    )
+    return run(planned, destination, progress=progress)
+
+
+def verify(
+    first: str | Path,
+    second: str | Path | None = None,
+    *,
+    by: Literal["bytes", "value"] = "value",
+    workers: int = DEFAULT_WORKERS,
+    certificate: str | Path | None = None,
+    ignore: Collection[str] = (),
+    progress: Callable[[Progress], None] | None = None,
+) -> Verification:
+    """Compare two checkpoints in any two layouts, or digest one; see `jobs.verify.verify`.
+
+    Args:
+        first: a checkpoint.
+        second: what to hold against it.
+        by: `bytes` or `value`.
+        workers: threads.
+        certificate: a file to write the certificate to.
+        ignore: attributes of config.json to leave unread.
+        progress: called as the work goes on.
+
+    Raises:
+        CheckpointError: as `open_source`; as `jobs.verify.verify`; JobError where the certificate cannot be written.
+    """
+    from minimax_jax.jobs import verify as verifying
+    from minimax_jax.jobs.certificate import require_place, write_certificate
+
+    if certificate is not None:
+        require_place(certificate)
+    sources = [open_source(path, ignore=ignore) for path in (first, second) if path is not None]
+    seen = verifying.verify(*sources, by=by, workers=workers, progress=progress)
+    if certificate is not None:
+        write_certificate(certificate, seen)
+    return seen

@@ -1,0 +1,73 @@
+"""What a checkpoint is, from its headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimax_jax.io.header import TensorInfo
+from minimax_jax.jobs.source import Source
+from minimax_jax.layout.check import Layout
+from minimax_jax.layout.config import MiniMaxConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tally:
+    """How many tensors of a sort there are, and their bytes."""
+
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a checkpoint is.
+
+    Attributes:
+        path: what was opened.
+        layout: whose names its tensors have.
+        config: its config.
+        files: how many safetensors files it has.
+        total: all its tensors.
+        by_dtype: its tensors by stored dtype, in safetensors' spelling.
+        by_kind: its tensors by kind, named as the table names it natively.
+        sidecar: source scales beside it, if there are any.
+    """
+
+    path: Path
+    layout: Layout
+    config: MiniMaxConfig
+    files: int
+    total: Tally
+    by_dtype: dict[str, Tally]
+    by_kind: dict[str, Tally]
+    sidecar: Tally
+
+
+def inspect(source: Source) -> Inspection:
+    """Sum up an opened checkpoint, which has passed its check."""
+    infos = source.checkpoint.tensors
+    kinds = {spec.key: entry.row.native for entry in source.survey.entries for spec in source.specs(entry)}
+    return Inspection(
+        path=source.path,
+        layout=source.survey.layout,
+        config=source.config,
+        files=len(source.checkpoint.files),
+        total=_tally(infos.values()),
+        by_dtype=_by((info.dtype, info) for info in infos.values()),
+        by_kind=_by((kinds[key], info) for key, info in infos.items()),
+        sidecar=_tally(source.sidecar.values()),
+    )
+
+
+def _by(named: Iterable[tuple[str, TensorInfo]]) -> dict[str, Tally]:
+    groups: dict[str, list[TensorInfo]] = {}
+    for name, info in named:
+        groups.setdefault(name, []).append(info)
+    return {name: _tally(infos) for name, infos in groups.items()}
+
+
+def _tally(infos: Iterable[TensorInfo]) -> Tally:
+    sizes = [info.nbytes for info in infos]
+    return Tally(tensors=len(sizes), nbytes=sum(sizes))

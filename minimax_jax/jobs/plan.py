@@ -1,0 +1,268 @@
+"""What a conversion will do, decided from headers alone: units of work, output files, memory and disk."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from minimax_jax.errors import JobError, Problem, raise_if
+from minimax_jax.io.header import TensorInfo
+from minimax_jax.io.shards import DEFAULT_SHARD_BYTES, ShardLayout, TensorOut, lay_out
+from minimax_jax.jobs.source import SIDECAR_STEM, Source, batches, layout_specs, sidecar_metadata
+from minimax_jax.layout.check import Layout
+from minimax_jax.layout.config import MiniMaxConfig
+from minimax_jax.layout.specs import Entry, TensorSpec, total_bytes
+from minimax_jax.layout.table import SCALE_SUFFIX
+
+DEFAULT_MEMORY_BYTES = 4 * 2**30
+DEFAULT_WORKERS = 2
+
+RUNTIME_BYTES = 256 * 2**20
+"""What jax's compiled programs, threads and allocator take once, whatever the checkpoint (measured: 110 to 250 MB)."""
+
+_UNIT_BYTES = 64 * 2**20
+"""Most memory of one unit where it can be split: larger units are no faster and only hold more memory."""
+
+_LEAST_UNIT_BYTES = 2**20
+"""Smaller units would be too many; a budget below this is refused."""
+
+_COPIES_OF_INPUT, _COPIES_OF_OUTPUT = 2, 3
+"""What a conversion holds at its peak: what it read and its device copy; its output and two temporaries like it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """The form to convert to.
+
+    Attributes:
+        layout: whose names the output has.
+        dtype: stored dtype of block-scaled weights (`F8_E4M3`, `BF16`, `F32`); other tensors keep theirs.
+    """
+
+    layout: Layout
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copy:
+    """A unit that copies bytes of one tensor: `[start, stop)` within the tensor."""
+
+    info: TensorInfo
+    key: str
+    start: int
+    stop: int
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read, and bytes written."""
+        return self.stop - self.start
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak memory of the unit."""
+        return self.read_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Convert:
+    """A unit that converts one entry, or some experts of it.
+
+    Attributes:
+        entry: the entry, narrowed to the experts of this unit.
+        first: the first of them.
+        read_bytes: bytes of all the tensors that are read.
+        memory_bytes: peak memory of the unit.
+    """
+
+    entry: Entry
+    first: int
+    read_bytes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupScales:
+    """A unit that groups the block scales of one entry, or of some experts of it, for the sidecar.
+
+    Attributes:
+        entry: the entry, narrowed to the experts of this unit.
+        first: the first of them.
+    """
+
+    entry: Entry
+    first: int
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of all the scales."""
+        return total_bytes(self.entry.scale_specs())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak memory of the unit."""
+        return (_COPIES_OF_INPUT + _COPIES_OF_OUTPUT) * self.read_bytes
+
+
+Unit: TypeAlias = Copy | Convert | GroupScales
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A conversion, ready to run.
+
+    Attributes:
+        source: what is read.
+        target: the form that is written.
+        config: the config that is written.
+        units: the work, in order; units do not depend on each other.
+        shards: the output files.
+        sidecar: the output file of source scales; none where the output is FP8 or the source is not.
+        workers: how many units run at a time.
+    """
+
+    source: Source
+    target: Target
+    config: MiniMaxConfig
+    units: tuple[Unit, ...]
+    shards: tuple[ShardLayout, ...]
+    sidecar: tuple[ShardLayout, ...]
+    workers: int
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of tensors that will be read."""
+        return sum(unit.read_bytes for unit in self.units)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of files that will be written, side files apart: the disk that is needed."""
+        return sum(shard.file_bytes for shard in (*self.shards, *self.sidecar))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory over what the process has at the start: the largest units at a time, and jax's own."""
+        return RUNTIME_BYTES + sum(sorted((unit.memory_bytes for unit in self.units), reverse=True)[: self.workers])
+
+    def written(self, entry: Entry) -> Iterator[TensorSpec]:
+        """The stored tensors of an entry, or of some of its experts, in the target's form."""
+        return _written(entry, self.source, self.target)
+
+
+def plan(
+    source: Source,
+    target: Target,
+    *,
+    max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    workers: int = DEFAULT_WORKERS,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Plan:
+    """Plan a conversion: a pure function of the source's headers.
+
+    Args:
+        source: an opened checkpoint.
+        target: the form to convert to.
+        max_memory_bytes: budget over what the process has at the start: for all units that run at a time, and
+            `RUNTIME_BYTES`.
+        workers: how many units run at a time.
+        shard_bytes: most bytes of tensor data in one output file.
+
+    Raises:
+        JobError: the budget is too small for the largest unit; says what is needed. No workers, or no shard size.
+    """
+    require_workers(workers)
+    share = (max_memory_bytes - RUNTIME_BYTES) // workers
+    most = max(_LEAST_UNIT_BYTES, min(share, _UNIT_BYTES))
+    entries = tuple(source.survey.entries)
+    outputs = [spec for entry in entries for spec in _written(entry, source, target)]
+    kept = [entry for entry in entries if target.layout == "native" and _loses_scales(entry, source, target)]
+    weights = (_units(entry, source, target, most) for entry in entries)
+    scales = (_scale_units(entry, source, most) for entry in kept)
+    made = Plan(
+        source=source,
+        target=target,
+        config=source.config.replace(weight_block_size=source.config.block if target.dtype == "F8_E4M3" else None),
+        units=tuple(itertools.chain(*weights, *scales)),
+        shards=lay_out([_out(spec) for spec in outputs], shard_bytes=shard_bytes),
+        sidecar=_sidecar(kept, source),
+        workers=workers,
+    )
+    raise_if(_over_budget(made, max_memory_bytes), JobError)
+    return made
+
+
+def require_workers(workers: int) -> None:
+    """Raise a JobError where there is nobody to work."""
+    if workers < 1:
+        raise JobError(Problem(what="no workers", expected="at least 1", got=str(workers)))
+
+
+def _over_budget(made: Plan, max_memory_bytes: int) -> Iterator[Problem]:
+    needed = RUNTIME_BYTES + made.workers * max(unit.memory_bytes for unit in made.units)
+    if needed > max_memory_bytes:
+        expected, got = f"at least {needed:,} bytes with {made.workers} workers", f"{max_memory_bytes:,} bytes"
+        what, remedy = "memory budget too small for one unit of work", "raise --max-memory, or use fewer --workers"
+        yield Problem(what=what, expected=expected, got=got, remedy=remedy)
+
+
+def _stored_dtype(entry: Entry, source: Source, target: Target) -> str:
+    return target.dtype if entry.row.scaled else source.survey.dtypes[entry.native]
+
+
+def _written(entry: Entry, source: Source, target: Target) -> Iterator[TensorSpec]:
+    return layout_specs(entry, target.layout, _stored_dtype(entry, source, target))
+
+
+def _loses_scales(entry: Entry, source: Source, target: Target) -> bool:
+    """Whether the target has no place for block scales that the source (or its sidecar) has."""
+    has = source.survey.dtypes[entry.native] == "F8_E4M3" or entry.native + SCALE_SUFFIX in source.sidecar
+    return has and target.dtype != "F8_E4M3" and entry.row.scaled
+
+
+def _sidecar(entries: list[Entry], source: Source) -> tuple[ShardLayout, ...]:
+    if not entries:
+        return ()
+    tensors = [TensorOut(key=entry.native + SCALE_SUFFIX, dtype="F32", shape=entry.grid) for entry in entries]
+    metadata = sidecar_metadata(source.config)
+    return lay_out(tensors, shard_bytes=total_bytes(tensors), metadata=metadata, stem=SIDECAR_STEM)
+
+
+def _units(entry: Entry, source: Source, target: Target, most_bytes: int) -> Iterator[Unit]:
+    same_names = not entry.row.grouped or source.survey.layout == target.layout
+    if same_names and source.survey.dtypes[entry.native] == _stored_dtype(entry, source, target):
+        yield from _copies(entry, source, target, most_bytes)
+        return
+    for some, first in batches(entry, _memory(entry, source, target), most_bytes):
+        read = total_bytes(source.specs(some))
+        yield Convert(entry=some, first=first, read_bytes=read, memory_bytes=_memory(some, source, target))
+
+
+def _scale_units(entry: Entry, source: Source, most_bytes: int) -> Iterator[Unit]:
+    """The units that carry an entry's block scales to the sidecar."""
+    key = entry.native + SCALE_SUFFIX
+    info = source.sidecar.get(key) or source.checkpoint.tensors.get(key)
+    if info is None:
+        whole = GroupScales(entry=entry, first=0)
+        yield from (GroupScales(entry=some, first=n) for some, n in batches(entry, whole.memory_bytes, most_bytes))
+    else:
+        yield from _pieces(info, key, most_bytes)
+
+
+def _copies(entry: Entry, source: Source, target: Target, most_bytes: int) -> Iterator[Copy]:
+    for read, written in zip(source.specs(entry), _written(entry, source, target), strict=True):
+        yield from _pieces(source.checkpoint.tensors[read.key], written.key, most_bytes)
+
+
+def _pieces(info: TensorInfo, key: str, most_bytes: int) -> Iterator[Copy]:
+    for start in range(0, info.nbytes, most_bytes):
+        yield Copy(info=info, key=key, start=start, stop=min(start + most_bytes, info.nbytes))
+
+
+def _memory(entry: Entry, source: Source, target: Target) -> int:
+    read, written = total_bytes(source.specs(entry)), total_bytes(_written(entry, source, target))
+    return _COPIES_OF_INPUT * read + _COPIES_OF_OUTPUT * written
+
+
+def _out(spec: TensorSpec) -> TensorOut:
+    return TensorOut(key=spec.key, dtype=spec.dtype, shape=spec.shape)

@@ -1,0 +1,163 @@
+"""What a person looks at, and what `--json` prints: each result of a job as rich renderables and as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Column, Table
+
+from minimax_jax.jobs.inspect import Inspection, Tally
+from minimax_jax.jobs.plan import Plan
+
+if TYPE_CHECKING:
+    from minimax_jax.jobs.run import Report
+    from minimax_jax.jobs.verify import Verification
+
+_SHOWN = 20
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units, three digits: `230 GB`."""
+    unit = 0
+    while nbytes >= 999.5 and unit < len(_UNITS) - 1:
+        nbytes, unit = nbytes / 1000, unit + 1
+    digits = 0 if unit == 0 or nbytes >= 99.95 else 1 if nbytes >= 9.995 else 2
+    return f"{nbytes:.{digits}f} {_UNITS[unit]}"
+
+
+def inspection_json(seen: Inspection) -> dict[str, Any]:
+    """An inspection as plain values."""
+    return {
+        "path": str(seen.path),
+        "layout": seen.layout,
+        "files": seen.files,
+        "tensors": seen.total.tensors,
+        "bytes": seen.total.nbytes,
+        "by_dtype": _tallies(seen.by_dtype),
+        "by_kind": _tallies(seen.by_kind),
+        "source_scales": {"tensors": seen.sidecar.tensors, "bytes": seen.sidecar.nbytes},
+        "config": seen.config.to_dict(),
+    }
+
+
+def inspection_view(seen: Inspection) -> Iterator[Any]:
+    """An inspection to look at."""
+    config = seen.config
+    yield (
+        f"{seen.path}: MiniMax-M2, {seen.layout} layout, {seen.total.tensors:,} tensors, "
+        f"{size(seen.total.nbytes)} in {seen.files} file{_s(seen.files)}"
+    )
+    yield (
+        f"{config.num_hidden_layers} layers, {config.num_local_experts} experts (top {config.num_experts_per_tok}), "
+        f"hidden {config.hidden_size}, expert {config.intermediate_size}, vocabulary {config.vocab_size}"
+    )
+    if seen.sidecar.tensors:
+        yield f"source scales for a byte-exact FP8 export: {seen.sidecar.tensors} tensors, {size(seen.sidecar.nbytes)}"
+    yield _tally_table("dtype", seen.by_dtype)
+    yield _tally_table("kind", seen.by_kind)
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """A plan as plain values."""
+    return {
+        "source": str(plan.source.path),
+        "source_layout": plan.source.survey.layout,
+        "target_layout": plan.target.layout,
+        "target_dtype": plan.target.dtype,
+        "units": len(plan.units),
+        "tensors": sum(len(shard.tensors) for shard in plan.shards),
+        "read_bytes": plan.read_bytes,
+        "write_bytes": plan.write_bytes,
+        "peak_memory_bytes": plan.peak_bytes,
+        "files": [
+            {"name": shard.file_name, "bytes": shard.file_bytes, "tensors": len(shard.tensors)}
+            for shard in (*plan.shards, *plan.sidecar)
+        ],
+    }
+
+
+def plan_view(plan: Plan) -> Iterator[Any]:
+    """A plan to look at."""
+    yield f"{plan.source.path} ({plan.source.survey.layout}) to {plan.target.layout}, weights in {plan.target.dtype}"
+    facts = Table(show_header=False, box=None)
+    facts.add_row("read", f"{size(plan.read_bytes)} in {len(plan.source.checkpoint.files)} files")
+    tensors = sum(len(shard.tensors) for shard in plan.shards)
+    facts.add_row("write", f"{size(plan.write_bytes)}, {tensors:,} tensors")
+    facts.add_row("memory", f"{size(plan.peak_bytes)} at most, over what the process has at the start")
+    facts.add_row("work", f"{len(plan.units):,} units, {plan.workers} at a time")
+    yield facts
+    files = Table("file", "size", "tensors", "first tensor", box=None)
+    for shard in (*plan.shards, *plan.sidecar):
+        files.add_row(shard.file_name, size(shard.file_bytes), f"{len(shard.tensors):,}", next(iter(shard.tensors)))
+    yield files
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """What a conversion did, as plain values."""
+    return {
+        "destination": str(report.destination),
+        "tensors": report.tensors,
+        "read_bytes": report.read_bytes,
+        "written_bytes": report.written_bytes,
+        "seconds": round(report.seconds, 3),
+        "kept_source_scales": report.kept_scales,
+        "fresh_scales": list(report.fresh_scales),
+    }
+
+
+def report_view(report: Report) -> Iterator[str]:
+    """What a conversion did, to look at."""
+    rate = size(report.read_bytes / max(report.seconds, 1e-9))
+    yield f"wrote {report.destination}: {report.tensors:,} tensors, {size(report.written_bytes)}, {rate}/s read"
+    if report.kept_scales or report.fresh_scales:
+        kept, fresh = report.kept_scales, len(report.fresh_scales)
+        yield f"FP8 weights: {kept:,} with their source scales, {fresh:,} with fresh ones"
+
+
+def verification_view(seen: Verification) -> Iterator[Any]:
+    """A verification to look at."""
+    for checkpoint in seen.checkpoints:
+        tensors = f"{len(checkpoint.digests):,} tensors"
+        yield f"{checkpoint.path} ({checkpoint.layout}): {tensors}, sha256 {checkpoint.sha256}"
+    if not seen.comparisons:
+        return
+    counts = (f"{seen.count(name):,} {name}" for name in ("identical", "equal", "different"))
+    yield f"weights: {', '.join(counts)}"
+    failures = list(seen.failures)
+    if failures:
+        table = Table(
+            Column("weight", overflow="fold"), "relation", "dtypes", "elements", "largest difference", box=None
+        )
+        for failure in failures[:_SHOWN]:
+            dtypes = " / ".join(failure.dtypes)
+            table.add_row(failure.key, failure.relation, dtypes, f"{failure.differing:,}", f"{failure.max_abs:.3g}")
+        yield table
+    if len(failures) > _SHOWN:
+        yield f"... and {len(failures) - _SHOWN:,} more"
+    yield "the same" if seen.good else f"NOT the same by {seen.by}"
+
+
+def certificate_view(seen: Verification) -> Iterator[Any]:
+    """A verification tensor by tensor, to look at: for a small checkpoint."""
+    table = Table(Column("tensor", overflow="fold"), "dtype", "shape", "sha256", box=None)
+    for digest in seen.checkpoints[0].digests:
+        table.add_row(digest.key, digest.dtype, str(list(digest.shape)), digest.sha256[:16])
+    yield table
+    yield from verification_view(seen)
+
+
+def _tallies(groups: Mapping[str, Tally]) -> dict[str, Any]:
+    return {name: {"tensors": tally.tensors, "bytes": tally.nbytes} for name, tally in groups.items()}
+
+
+def _tally_table(title: str, groups: Mapping[str, Tally]) -> Table:
+    table = Table(title, "tensors", "size", box=None)
+    for name, tally in groups.items():
+        table.add_row(name, f"{tally.tensors:,}", size(tally.nbytes))
+    return table
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"

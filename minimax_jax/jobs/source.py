@@ -1,0 +1,166 @@
+"""A checkpoint opened for work: its files, its config, and the proof that they fit each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimax_jax.errors import ConfigError, FormatError, LayoutError, Problem, raise_if
+from minimax_jax.io.checkpoint import Checkpoint, open_checkpoint
+from minimax_jax.io.files import require_inside
+from minimax_jax.io.header import TensorInfo
+from minimax_jax.io.jsonfile import shown
+from minimax_jax.layout.check import Survey, survey
+from minimax_jax.layout.config import MiniMaxConfig
+from minimax_jax.layout.specs import Entry, TensorSpec
+from minimax_jax.layout.table import SCALE_SUFFIX
+
+SIDECAR_STEM = "source_scales"
+SIDECAR = SIDECAR_STEM + ".safetensors"
+"""The file beside a float native checkpoint that holds the block scales of its FP8 source, by native scale name."""
+
+_SIDECAR_CONFIG = "quantization_config"
+_WITHOUT_SIDECAR = "delete the file to export with fresh scales"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An opened checkpoint.
+
+    Attributes:
+        path: the folder or file that was named.
+        checkpoint: its files and tensors.
+        config: its config; where a sidecar of source scales stands by, with the block size of those.
+        survey: which layout it has, and the stored dtype of every entry.
+        sidecar: block scales of the FP8 source, by native scale name; empty when there are none.
+    """
+
+    path: Path
+    checkpoint: Checkpoint
+    config: MiniMaxConfig
+    survey: Survey
+    sidecar: Mapping[str, TensorInfo]
+
+    @property
+    def readable(self) -> Checkpoint:
+        """The checkpoint and its sidecar as one, for a `Reader`."""
+        files = {info.file for info in self.sidecar.values()}
+        tensors = {**self.checkpoint.tensors, **self.sidecar}
+        return dataclasses.replace(self.checkpoint, tensors=tensors, files=(*self.checkpoint.files, *sorted(files)))
+
+    def specs(self, entry: Entry) -> Iterator[TensorSpec]:
+        """The stored tensors of an entry (or of some of its experts), in this checkpoint's layout."""
+        return layout_specs(entry, self.survey.layout, self.survey.dtypes[entry.native])
+
+
+def layout_specs(entry: Entry, layout: str, dtype: str) -> Iterator[TensorSpec]:
+    """The stored tensors of an entry in a layout, its weights stored as `dtype`."""
+    return entry.hf_specs(dtype) if layout == "hf" else entry.native_specs(dtype)
+
+
+def batches(entry: Entry, memory_bytes: int, most_bytes: int) -> Iterator[tuple[Entry, int]]:
+    """The experts of an entry some at a time, each time with the first of them.
+
+    Args:
+        entry: the entry.
+        memory_bytes: what all of its experts take.
+        most_bytes: what those of one batch may take; one expert is a batch even if it takes more.
+    """
+    at_once = max(1, most_bytes * entry.experts // memory_bytes)
+    for first in range(0, entry.experts, at_once):
+        yield entry.narrow(slice(first, first + at_once)), first
+
+
+def open_source(path: str | Path, *, ignore: Collection[str] = ()) -> Source:
+    """Open a checkpoint and check all of it: config, headers, names, shapes, dtypes. No tensor is read.
+
+    Args:
+        path: a folder, or one safetensors file with a config.json beside it.
+        ignore: attributes of config.json to leave unread.
+
+    Raises:
+        ConfigError: config.json is missing, malformed or describes something unsupported.
+        FormatError: a damaged or incomplete safetensors file, index or sidecar.
+        LayoutError: the tensors are not those that the config asks for.
+    """
+    path = Path(path)
+    checkpoint = open_checkpoint(path)
+    folder = path if path.is_dir() else path.parent
+    config = _read_config(folder, ignore)
+    scales = _open_sidecar(folder)
+    if scales is not None:
+        config = _with_block_of(scales, config)
+    checked = survey(checkpoint.tensors, config)
+    sidecar = {} if scales is None else scales.tensors
+    raise_if(_misfits(sidecar, checked), LayoutError)
+    raise_if(_unsized_blocks(checked, folder), ConfigError)
+    return Source(path=path, checkpoint=checkpoint, config=config, survey=checked, sidecar=sidecar)
+
+
+def sidecar_metadata(config: MiniMaxConfig) -> dict[str, str]:
+    """The header metadata of a sidecar: the source's quantization_config, which a float checkpoint's config lacks."""
+    return {_SIDECAR_CONFIG: json.dumps(config.to_dict()[_SIDECAR_CONFIG], sort_keys=True)}
+
+
+def _read_config(folder: Path, ignore: Collection[str]) -> MiniMaxConfig:
+    config = MiniMaxConfig.from_pretrained(folder, ignore=ignore)
+    try:
+        json.dumps(config.to_dict(), ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        what, file = "config.json holds what JSON cannot say", folder / "config.json"
+        raise ConfigError(Problem(what=what, file=str(file), got=str(error))) from error
+    return config
+
+
+def _open_sidecar(folder: Path) -> Checkpoint | None:
+    file = folder / SIDECAR
+    if not os.path.lexists(file):
+        return None
+    require_inside(file, folder)
+    return open_checkpoint(file)
+
+
+def _with_block_of(scales: Checkpoint, config: MiniMaxConfig) -> MiniMaxConfig:
+    """`config` as its FP8 source had it, so that a later FP8 export has the same blocks."""
+    file = str(scales.path)
+    try:
+        published = json.loads(scales.metadata[_SIDECAR_CONFIG])
+        known = MiniMaxConfig.from_dict(config.to_dict() | {_SIDECAR_CONFIG: published}, file=file, ignore=config.extra)
+    except (KeyError, ValueError, RecursionError) as error:
+        problem = Problem(what="sidecar without quantization_config", file=file, remedy=_WITHOUT_SIDECAR)
+        raise FormatError(problem) from error
+    except ConfigError as error:
+        raise FormatError(error.problems) from error
+    ours, theirs = config.weight_block_size, known.weight_block_size
+    if theirs is None or ours not in (None, theirs):
+        what, expected, got = "sidecar with another block size than config.json", str(ours), str(theirs)
+        raise FormatError(Problem(what=what, file=file, expected=expected, got=got, remedy=_WITHOUT_SIDECAR))
+    return known
+
+
+def _misfits(sidecar: Mapping[str, TensorInfo], checked: Survey) -> Iterator[Problem]:
+    expected = {e.native + SCALE_SUFFIX: e for e in checked.specs.entries if e.row.scaled}
+    for key, info in sidecar.items():
+        entry = expected.get(key)
+        file, got = str(info.file), f"{info.dtype} {list(info.shape)}"
+        if entry is None:
+            yield Problem(what="unexpected tensor in the sidecar", file=file, key=shown(key), got=got)
+        elif info.dtype != "F32" or info.shape != entry.grid:
+            wanted = f"F32 {list(entry.grid)}"
+            yield Problem(what="wrong scales in the sidecar", file=file, key=key, expected=wanted, got=got)
+        elif checked.dtypes[entry.native] == "F8_E4M3":
+            what = "scales in the sidecar for a weight that is FP8 and has its own"
+            yield Problem(what=what, file=file, key=key, remedy=_WITHOUT_SIDECAR)
+
+
+def _unsized_blocks(checked: Survey, folder: Path) -> Iterator[Problem]:
+    """The problem of FP8 weights whose block size nobody tells: several may fit the grid of scales."""
+    if checked.specs.config.weight_block_size is None and "F8_E4M3" in checked.dtypes.values():
+        expected = "quantization_config with the weight_block_size of its FP8 weights"
+        yield Problem(
+            what="config.json without quantization_config", file=str(folder / "config.json"), expected=expected
+        )

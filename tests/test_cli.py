@@ -1,0 +1,361 @@
+"""The command line: what it prints where, and with which exit code."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import folders
+import pytest
+from click.testing import CliRunner
+
+import minimax_jax as mj
+from minimax_jax import synthetic
+from minimax_jax.cli import Size, cli
+
+CONFIG = synthetic.config(layers=1, experts=3)
+EMBED = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("made")
+    synthetic.synthesize(root / "hf", CONFIG, shard_bytes=60_000)
+    mj.convert(root / "hf", root / "native")
+    return root
+
+
+def run(*arguments, code=0):
+    """Standard output and standard error of a command, in this process."""
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    return result.stdout, result.stderr
+
+
+def run_json(*arguments, code=0):
+    stdout, stderr = run(*arguments, "--json", code=code)
+    return json.loads(stdout), stderr
+
+
+def process(*command, **options):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, **options)
+
+
+# --- each command ----------------------------------------------------------------------------------------------------
+
+
+def test_inspect(made):
+    seen, stderr = run_json("inspect", made / "native")
+    tensors = folders.stored(made / "native")
+    assert (seen["path"], seen["layout"], seen["files"]) == (str(made / "native"), "native", 1)
+    assert (seen["tensors"], seen["bytes"]) == (len(tensors), sum(len(data) for _, _, data in tensors.values()))
+    assert sum(tally["bytes"] for tally in seen["by_dtype"].values()) == seen["bytes"] and set(seen["by_dtype"]) == {
+        "BF16",
+        "F32",
+    }
+    assert sum(tally["tensors"] for tally in seen["by_kind"].values()) == seen["tensors"]
+    assert seen["source_scales"]["tensors"] == 6 and seen["config"]["num_local_experts"] == 3 and stderr == ""
+    stdout, stderr = run("inspect", made / "native")
+    assert (
+        "native layout" in stdout and "source scales for a byte-exact FP8 export: 6 tensors" in stdout and stderr == ""
+    )
+
+
+def test_plan(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planned, stderr = run_json("plan", made / "hf", "--dtype", "fp8", "--shard-size", "100kB", "--workers", 1)
+    assert (planned["source_layout"], planned["target_layout"], planned["target_dtype"]) == ("hf", "native", "F8_E4M3")
+    mj.convert(made / "hf", tmp_path / "out", dtype="fp8", shard_bytes=100_000)
+    files = {file.name: file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")}
+    assert {file["name"]: file["bytes"] for file in planned["files"]} == files and len(files) > 2
+    assert planned["write_bytes"] == sum(files.values()) and planned["tensors"] == len(folders.stored(tmp_path / "out"))
+    assert planned["read_bytes"] == mj.inspect(made / "hf").total.nbytes and stderr == ""
+    assert planned["peak_memory_bytes"] > 0 and planned["units"] > 10
+    stdout, stderr = run("plan", made / "hf")
+    assert "model.safetensors" in stdout and "source_scales.safetensors" in stdout and stderr == ""
+
+
+def test_convert_and_back(made, tmp_path):
+    told, _ = run_json("convert", made / "native", tmp_path / "back", "--to", "hf-fp8", "--quiet")
+    assert told["destination"] == str(tmp_path / "back") and told["fresh_scales"] == []
+    assert told["kept_source_scales"] == sum(key.endswith("_scale_inv") for key in folders.stored(made / "hf"))
+    assert told["tensors"] == len(folders.stored(tmp_path / "back")) and told["seconds"] > 0
+    assert told["written_bytes"] == (tmp_path / "back" / "model.safetensors").stat().st_size
+    assert folders.stored(tmp_path / "back") == folders.stored(made / "hf")
+    stdout, stderr = run("convert", made / "hf", tmp_path / "native", "-q", "--max-memory", "1GB")
+    assert stdout.startswith(f"wrote {tmp_path / 'native'}: ") and stderr == ""
+    assert folders.stored(tmp_path / "native") == folders.stored(made / "native")
+
+
+def test_verify(made, tmp_path):
+    seen, _ = run_json("verify", made / "hf", made / "native", "-o", tmp_path / "certificate.json")
+    assert seen == json.loads((tmp_path / "certificate.json").read_bytes()) and seen["good"] and seen["by"] == "value"
+    seen, _ = run_json("verify", made / "hf", made / "native", "--by", "bytes", code=1)
+    assert not seen["good"] and len(seen["differences"]) == seen["weights"]["equal"] > 0
+    stdout, _ = run("verify", made / "hf", made / "native", "--by", "bytes", code=1)
+    assert "NOT the same by bytes" in stdout and seen["differences"][0]["key"] in stdout
+    stdout, _ = run("verify", made / "hf", made / "native")
+    assert stdout.endswith("the same\n")
+    alone, _ = run_json("verify", made / "hf")
+    assert alone["weights"] is None and alone["checkpoints"][0]["sha256"] == seen["checkpoints"][0]["sha256"]
+    assert alone["checkpoints"][0]["sha256"] in run("verify", made / "hf")[0]
+
+
+def test_verify_shows_some_differences_and_counts_the_rest(made, monkeypatch):
+    scaled = sum(key.endswith("_scale_inv") for key in folders.stored(made / "hf"))
+    for shown in (scaled, 4):
+        monkeypatch.setattr("minimax_jax.jobs.report._SHOWN", shown)
+        stdout, _ = run("verify", made / "hf", made / "native", "--by", "bytes", code=1)
+        assert sum("F8_E4M3 / BF16" in line for line in stdout.splitlines()) == shown
+        assert (f"... and {scaled - shown} more" in stdout) == (shown < scaled)
+
+
+def test_synth(tmp_path):
+    seen, _ = run_json("synth", tmp_path / "tiny", "--layers", 1, "--experts", 2, "--dtype", "bf16", "--seed", 3, "-q")
+    assert (
+        seen["layout"] == "hf" and set(seen["by_dtype"]) == {"BF16", "F32"} and seen["config"]["num_local_experts"] == 2
+    )
+    synthetic.synthesize(tmp_path / "same", synthetic.config(layers=1, experts=2), seed=3, scaled="BF16")
+    assert folders.files(tmp_path / "tiny") == folders.files(tmp_path / "same")
+    whole, _ = run_json(
+        "synth", tmp_path / "real", "--real", "--layers", 1, "--experts", 2, "--sparse", "--shard-size", "100MB"
+    )
+    assert whole["bytes"] == mj.inspect(tmp_path / "real").total.nbytes > 10**9 and whole["files"] > 3
+    assert "hf layout" in run("synth", tmp_path / "text", "-q")[0]
+
+
+def test_demo(tmp_path):
+    seen, stderr = run_json("demo", tmp_path / "demo")
+    assert seen["good"] and seen["by"] == "bytes" and seen["weights"]["different"] == seen["weights"]["equal"] == 0
+    assert seen == json.loads((tmp_path / "demo" / "certificate.json").read_bytes())
+    assert stderr.count("the same by") == 3 and "NOT" not in stderr
+    assert folders.stored(tmp_path / "demo" / "hf-fp8-from-native-bf16") == folders.stored(tmp_path / "demo" / "hf-fp8")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious").touch()
+    _, stderr = run("demo", tmp_path / "taken", code=3)
+    assert "a folder of its own" in stderr and [file.name for file in (tmp_path / "taken").iterdir()] == ["precious"]
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect {}/no", "plan {}/no", "convert {}/no {}/out", "verify {}/no", "verify {hf} {}/no"]
+)
+def test_bad_input_exits_with_3_and_names_the_file(made, tmp_path, command):
+    arguments = [part.format(tmp_path, tmp_path, hf=made / "hf") for part in command.split()]
+    stdout, stderr = run(*arguments, code=3)
+    assert stdout == "" and stderr.startswith("error: no checkpoint can be opened here\n")
+    assert f"file: {tmp_path}/no\n" in stderr and "Traceback" not in stderr
+    told, also = run_json(*arguments, code=3)
+    assert told["error"] == "FormatError" and also == stderr
+    assert told["problems"] == [
+        {"what": "no checkpoint can be opened here", "file": f"{tmp_path}/no", "key": None, "expected": None}
+        | {"got": "No such file or directory", "remedy": None}
+    ]
+
+
+def test_every_problem_is_told(made, tmp_path):
+    tensors = folders.arrays(made / "hf")
+    dropped = [EMBED, "model.norm.weight"]
+    folders.write(tmp_path / "hf", {key: array for key, array in tensors.items() if key not in dropped}, CONFIG)
+    told, stderr = run_json("convert", tmp_path / "hf", tmp_path / "out", code=3)
+    assert told["error"] == "LayoutError" and [problem["key"] for problem in told["problems"]] == dropped
+    assert "2 problems" in stderr and all(key in stderr for key in dropped) and not (tmp_path / "out").exists()
+
+
+def test_nan_exits_with_3_and_names_the_weight(made, tmp_path):
+    shutil.copytree(made / "native", tmp_path / "native")
+    key = "model.layers.0.self_attn.q_proj.weight"
+    folders.edit(tmp_path / "native", key, lambda weight: weight * float("nan"))
+    told, stderr = run_json("convert", tmp_path / "native", tmp_path / "out", "--to", "hf-fp8", "-q", code=3)
+    assert told["error"] == "NumericError" and told["problems"][0]["key"] == key and key in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["native"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert {}",
+        "convert {} out --to gguf",
+        "convert {} out --dtype fp4",
+        "convert {} out --to hf-fp8 --dtype bf16",
+        "plan {} --dtype f32 --to hf-fp8",
+        "convert {} out --max-memory much",
+        "plan {} --shard-size 0",
+        "plan {} --shard-size -5GB",
+        "plan {} --workers 0",
+        "verify {} --by colour",
+        "synth out --layers 0",
+        "nonsense",
+        "inspect",
+    ],
+)
+def test_usage_errors_exit_with_2_before_anything_is_done(made, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    stdout, stderr = run(*command.format(made / "hf").split(), code=2)
+    assert stdout == "" and stderr.startswith("Usage: ") and "Error: " in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "plan {}", "convert {} {}-out", "verify {} {}"])
+def test_an_unknown_attribute_is_refused_until_it_is_named(made, tmp_path, command):
+    folder = shutil.copytree(made / "hf", tmp_path / "hf")
+    folders.edit_json(folder / "config.json", colour="red", taste="sour")
+    arguments = command.format(folder, folder).split()
+    told, stderr = run_json(*arguments, code=3)
+    assert {problem["key"] for problem in told["problems"]} == {"colour", "taste"} and "--ignore-attribute" in stderr
+    told, _ = run_json(*arguments, "--ignore-attribute", "colour", code=3)
+    assert [problem["key"] for problem in told["problems"]] == ["taste"]
+    run_json(*arguments, "--ignore-attribute", "colour", "--ignore-attribute", "taste")
+
+
+def test_names_from_files_cannot_speak_to_the_terminal(made, tmp_path):
+    tensors = folders.arrays(made / "hf") | {"evil\x1b[2J\n\u202e": folders.arrays(made / "hf")["model.norm.weight"]}
+    folders.write(tmp_path / "h\x1bf", tensors, CONFIG)
+    _, stderr = run("inspect", tmp_path / "h\x1bf", code=3)
+    assert "unexpected tensor" in stderr and "evil\\x1b[2J" in stderr
+    assert "\x1b" not in stderr and "\u202e" not in stderr
+
+
+def test_paths_that_are_not_text_can_be_told(made, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/h\xff"
+    shutil.copytree(os.fsencode(made / "hf"), folder)
+    done = process(sys.executable, "-m", "minimax_jax", "inspect", os.fsdecode(folder))
+    assert done.returncode == 0 and "h\\udcff" in done.stdout and done.stderr == ""
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text,nbytes",
+    [
+        ("1", 1),
+        ("300000000", 300_000_000),
+        ("7B", 7),
+        ("5GB", 5 * 10**9),
+        ("5 gb", 5 * 10**9),
+        ("4GiB", 4 * 2**30),
+        ("1.5MiB", 3 * 2**19),
+        ("2kB", 2000),
+        ("2KiB", 2048),
+        ("1TB", 10**12),
+        ("1e3MB", 10**9),
+        (42, 42),
+    ],
+)
+def test_sizes(text, nbytes):
+    assert Size().convert(text, None, None) == nbytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "5XB", "5GBs", "-1", "-5GB", "0", "0.1", "nan", "inf", "1e999", "5GB5", "five"]
+)
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(click.BadParameter, match="not a size"):
+        Size().convert(text, None, None)
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_plain_progress_lines_go_to_stderr(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("minimax_jax.console._LINE_SECONDS", 0)
+    commands = {
+        "convert": ["convert", made / "hf", tmp_path / "out"],
+        "verify": ["verify", made / "hf"],
+        "synth": ["synth", tmp_path / "tiny"],
+    }
+    for what, command in commands.items():
+        _, stderr = run_json(*command)
+        lines = stderr.splitlines()
+        assert lines and all(line.startswith(f"{what}: ") and "GB/s" in line and "\r" not in line for line in lines)
+        assert lines[-1].startswith(f"{what}: 100%, ") and lines[-1].endswith(" 0 s left")
+
+
+def test_short_jobs_and_quiet_ones_say_nothing(made, tmp_path, monkeypatch):
+    assert run("verify", made / "hf")[1] == ""
+    monkeypatch.setattr("minimax_jax.console._LINE_SECONDS", 0)
+    assert run("verify", made / "hf", "--quiet")[1] == ""
+
+
+def test_a_terminal_gets_a_bar_and_a_pipe_the_json(made, tmp_path):
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "minimax_jax", "convert", str(made / "hf"), str(tmp_path / "out"), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, env=os.environ | {"TERM": "xterm"}) as child:
+        os.close(slave)
+        stdout = child.stdout.read()
+        screen = b""
+        while chunk := read_terminal(master):
+            screen += chunk
+    os.close(master)
+    assert child.returncode == 0 and json.loads(stdout)["destination"] == str(tmp_path / "out")
+    assert b"convert" in screen and "━".encode() in screen and b"/s" in screen
+
+
+def read_terminal(master):
+    try:
+        return os.read(master, 65536)
+    except OSError:  # the other end is closed
+        return b""
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+def test_streams_and_exit_codes_of_the_real_thing(made, tmp_path):
+    program = Path(sys.executable).with_name("minimax-jax")
+    good = process(program, "inspect", made / "hf", "--json")
+    assert good.returncode == 0 and json.loads(good.stdout)["layout"] == "hf" and good.stderr == ""
+    bad = process(sys.executable, "-m", "minimax_jax", "plan", tmp_path, "--json")
+    assert bad.returncode == 3 and json.loads(bad.stdout)["error"] == "FormatError"
+    assert bad.stderr.startswith("error: no safetensors file here\n") and "Traceback" not in bad.stderr
+    usage = process(sys.executable, "-m", "minimax_jax", "verify")
+    assert usage.returncode == 2 and usage.stdout == "" and usage.stderr.startswith("Usage: ")
+    shutil.copytree(made / "hf", tmp_path / "other")
+    folders.flip_bit(tmp_path / "other", EMBED, 5)
+    different = process(sys.executable, "-m", "minimax_jax", "verify", made / "hf", tmp_path / "other")
+    assert different.returncode == 1 and EMBED in different.stdout and different.stderr == ""
+
+
+def test_an_interrupt_exits_with_130_and_leaves_nothing(made, tmp_path):
+    code = (
+        "import os, signal\n"
+        "from minimax_jax import cli\n"
+        "from minimax_jax.jobs import run\n"
+        "copy = run._Worker.do\n"
+        "def interrupted(self, unit):\n"
+        f"    os.kill(os.getpid(), {int(signal.SIGINT)})\n"
+        "    copy(self, unit)\n"
+        "run._Worker.do = interrupted\n"
+        "cli.main()\n"
+    )
+    done = process(sys.executable, "-c", code, "convert", made / "hf", tmp_path / "out")
+    assert done.returncode == 130 and done.stdout == "" and done.stderr.startswith("interrupted")
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_help_and_version_answer_without_jax(made):
+    code = (
+        "import sys; from minimax_jax.cli import cli; "
+        "cli(sys.argv[1:], standalone_mode=False); print('jax' in sys.modules)"
+    )
+    for arguments in (["--help"], ["convert", "-h"], ["--version"], ["inspect", made / "hf"], ["plan", made / "hf"]):
+        done = process(sys.executable, "-c", code, *arguments)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False" and done.stderr == ""
+    control = process(sys.executable, "-c", code, "verify", made / "hf")
+    assert control.stdout.splitlines()[-1] == "True"
+
+
+def test_help_keeps_its_examples_on_lines_of_their_own():
+    assert "\n  minimax-jax convert m2-native m2-back --to hf-fp8 " in run("convert", "--help")[0]
+    assert "\n  minimax-jax synth whole --real --sparse " in run("synth", "--help")[0]
+    for command in cli.commands:
+        assert "--json" in run(command, "--help")[0] and "\\" not in run(command, "--help")[0]

@@ -1,0 +1,61 @@
+"""Peak memory of conversions at the published shapes, in processes of their own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from minimax_jax import synthetic
+
+MEASURE = """
+import json, sys
+import jax.numpy as jnp
+import minimax_jax as mj
+from minimax_jax.jobs import run
+
+def status_bytes(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+jnp.zeros(8).block_until_ready()
+source, folder = sys.argv[1:]
+found = []
+for origin, name, to in [(source, "native", "native"), (folder + "/native", "back", "hf-fp8")]:
+    planned = mj.plan(origin, to=to)
+    with open("/proc/self/clear_refs", "w") as reset:  # getrusage would count the memory of the process before exec
+        reset.write("5")
+    start = status_bytes("VmRSS")
+    run.run(planned, folder + "/" + name)
+    found.append([status_bytes("VmHWM") - start, planned.peak_bytes])
+print(json.dumps(found))
+"""
+
+
+SMALL, LARGE = (1, 6), (2, 12)
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory):
+    """By (layers, experts): measured and planned peak bytes of hf-fp8 to native, and of native to hf-fp8."""
+    found = {}
+    for layers, experts in (SMALL, LARGE):
+        folder = tmp_path_factory.mktemp("memory")
+        source = folder / "source"
+        synthetic.synthesize(source, synthetic.config(real=True, layers=layers, experts=experts, vocab_size=256))
+        command = [sys.executable, "-c", MEASURE, str(source), str(folder)]
+        environment = os.environ | {"XLA_FLAGS": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found[layers, experts] = json.loads(done.stdout)
+        shutil.rmtree(folder)
+    return found
+
+
+@pytest.mark.parametrize("job", [0, 1], ids=["to native", "to hf-fp8"])
+def test_the_peak_keeps_to_the_plan_and_does_not_grow_with_layers_and_experts(peaks, job):
+    (small, planned), (large, planned_large) = peaks[SMALL][job], peaks[LARGE][job]
+    assert planned == planned_large < 600 * 10**6  # of a gigabyte that is read and written
+    assert max(small, large) < planned
+    assert large - small < planned / 8

@@ -1,0 +1,88 @@
+"""Checkpoints that transformers wrote, converted; and what we wrote, loaded by transformers."""
+
+import folders
+import pytest
+import torch
+import transformers
+
+import minimax_jax as mj
+
+HIDDEN, INTER, EXPERTS = 256, 72, 5
+"""transformers takes size / grid for the size of a block: sizes must be whole blocks, or less than one."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A random model, as `save_pretrained` writes it in float32 and in bfloat16."""
+    root = tmp_path_factory.mktemp("transformers")
+    torch.manual_seed(0)
+    model = transformers.MiniMaxM2ForCausalLM(
+        transformers.MiniMaxM2Config(
+            hidden_size=HIDDEN,
+            intermediate_size=INTER,
+            num_hidden_layers=2,
+            num_local_experts=EXPERTS,
+            num_experts_per_tok=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=20,
+            vocab_size=99,
+            max_position_embeddings=64,
+            bos_token_id=1,
+            eos_token_id=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        )
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.05)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.e_score_correction_bias, std=0.05)
+    model.save_pretrained(root / "f32")
+    model.to(torch.bfloat16).save_pretrained(root / "bf16")
+    return root
+
+
+def loaded(folder):
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert {name: list(found) for name, found in report.items() if found} == {}
+    return model.eval()
+
+
+def logits(folder):
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        return loaded(folder)(ids).logits
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_what_transformers_saved_goes_to_native_and_back(saved, tmp_path, dtype):
+    source = saved / dtype
+    mj.convert(source, tmp_path / "native", dtype=dtype)
+    mj.convert(tmp_path / "native", tmp_path / "back", to="hf", dtype=dtype)
+    assert folders.stored(tmp_path / "back") == folders.stored(source)
+    assert torch.equal(logits(tmp_path / "back"), logits(source))
+    model = loaded(source)
+    native = folders.arrays(tmp_path / "native")
+    for number, layer in enumerate(model.model.layers):
+        experts, name = layer.mlp.experts, f"model.layers.{number}.mlp.experts."
+        gate_up = torch.tensor(native[name + "gate_and_up_projs"].astype("float32"))
+        assert gate_up.shape == (EXPERTS, HIDDEN, 2 * INTER)
+        assert torch.equal(gate_up.mT, experts.gate_up_proj)
+        assert torch.equal(torch.tensor(native[name + "down_projs"].astype("float32")).mT, experts.down_proj)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_transformers_reads_our_fp8_as_we_do(saved, tmp_path, dtype):
+    mj.convert(saved / dtype, tmp_path / "fp8", to="hf-fp8")
+    mj.convert(tmp_path / "fp8", tmp_path / "f32", to="hf", dtype="f32")
+    ours, original = logits(tmp_path / "f32"), logits(saved / dtype)
+    assert torch.equal(logits(tmp_path / "fp8"), ours)
+    model, quantised = loaded(saved / dtype), loaded(tmp_path / "fp8")
+    for (name, was), got in zip(model.named_parameters(), quantised.parameters(), strict=True):
+        # Half a step of e4m3 is 1/16 of a value, or 2**-10 of the scale, which is amax / 448.
+        step = was.abs() / 16 + was.abs().amax() / 448 * 2.0**-10
+        exact = "proj" not in name
+        assert torch.equal(got, was) if exact else bool(((got - was).abs() <= step).all()), name
+    assert (ours - original).abs().max() > 0

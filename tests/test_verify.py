@@ -1,0 +1,365 @@
+"""Verification: what is identical, equal or different, and the certificate of it."""
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import folders
+import numpy as np
+import pytest
+import torch
+from folders import SUFFIX
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minimax_jax as mj
+from minimax_jax import synthetic
+from minimax_jax.errors import FormatError, JobError, LayoutError
+from minimax_jax.io.reader import Reader
+from minimax_jax.jobs.certificate import certificate
+
+CONFIG = synthetic.config(layers=1, experts=3)
+MOE = "model.layers.0.block_sparse_moe."
+W1 = MOE + "experts.1.w1.weight"
+GATE_UP = "model.layers.0.mlp.experts.gate_and_up_projs"
+EMBED = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The same model in FP8 and in bf16, in both layouts, cut up differently."""
+    root = tmp_path_factory.mktemp("made")
+    synthetic.synthesize(root / "hf", CONFIG, shard_bytes=60_000)
+    mj.convert(root / "hf", root / "one-file", to="hf-fp8")
+    mj.convert(root / "hf", root / "fp8", dtype="fp8", shard_bytes=80_000)
+    mj.convert(root / "hf", root / "bf16")
+    mj.convert(root / "hf", root / "f32", dtype="f32")
+    mj.convert(root / "hf", root / "hf-bf16", to="hf")
+    return root
+
+
+def relations(seen):
+    return {comparison.key: comparison.relation for comparison in seen.comparisons}
+
+
+def failed(seen):
+    return {comparison.key for comparison in seen.failures}
+
+
+def scaled_weights(folder):
+    tensors = folders.stored(folder)
+    return {key for key in tensors if key + SUFFIX in tensors}
+
+
+# --- identical, equal, different -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["hf", "one-file", "fp8"])
+def test_the_same_bytes_are_identical_in_any_layout_and_sharding(made, other):
+    for pair in [("hf", other), (other, "hf")]:
+        seen = mj.verify(*(made / name for name in pair), by="bytes")
+        assert seen.good and seen.by == "bytes"
+        weights = {key for key in folders.stored(made / "hf") if not key.endswith(SUFFIX)}
+        assert relations(seen) == dict.fromkeys(weights, "identical")
+        assert [digested.path for digested in seen.checkpoints] == [made / name for name in pair]
+
+
+@pytest.mark.parametrize("other", ["bf16", "f32", "hf-bf16"])
+def test_fp8_and_floats_are_equal_by_value_and_not_by_bytes(made, other):
+    by_value, by_bytes = mj.verify(made / "hf", made / other), mj.verify(made / other, made / "hf", by="bytes")
+    scaled = scaled_weights(made / "hf")
+    assert by_value.good and not by_bytes.good
+    assert {key for key, relation in relations(by_value).items() if relation == "equal"} == scaled
+    assert {key for key, relation in relations(by_bytes).items() if relation == "identical"} == set(
+        relations(by_bytes)
+    ) - scaled
+    assert failed(by_bytes) == scaled and failed(by_value) == set()
+    assert by_value.count("equal") == by_bytes.count("equal") == len(scaled)
+    assert {comparison.dtypes for comparison in by_bytes.failures} == {("F32" if other == "f32" else "BF16", "F8_E4M3")}
+
+
+def test_bf16_is_equal_to_f32_only_once_f32_is_rounded(made, tmp_path):
+    assert mj.verify(made / "bf16", made / "f32").good
+    mj.convert(made / "bf16", tmp_path / "rounded", dtype="f32")
+    assert mj.verify(made / "bf16", tmp_path / "rounded").good
+    seen = mj.verify(made / "f32", tmp_path / "rounded")
+    assert failed(seen) == scaled_weights(made / "hf")
+
+
+def test_a_difference_is_counted_and_measured(made, tmp_path):
+    shutil.copytree(made / "bf16", tmp_path / "other")
+
+    def change(weight):
+        weight[1, 7, 3] += 0.5
+        weight[1, 8, 4] -= 2.0
+        return weight
+
+    folders.edit(tmp_path / "other", GATE_UP, change)
+    seen = mj.verify(made / "bf16", tmp_path / "other")
+    (difference,) = seen.failures
+    was, got = (folders.arrays(path)[GATE_UP].astype(np.float32) for path in (made / "bf16", tmp_path / "other"))
+    assert difference.key == W1 and difference.relation == "different" and difference.differing == 2
+    assert difference.max_abs == np.abs(got - was).max() and 1.9 < difference.max_abs < 2.1
+    assert not seen.good and not mj.verify(made / "hf", tmp_path / "other").good
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_are_differences_that_json_can_hold(made, tmp_path, value):
+    shutil.copytree(made / "bf16", tmp_path / "other")
+    folders.edit(tmp_path / "other", EMBED, lambda weight: weight.index_fill_(0, torch.tensor([5]), value))
+    seen = mj.verify(made / "hf", tmp_path / "other", certificate=tmp_path / "certificate.json")
+    (difference,) = json.loads((tmp_path / "certificate.json").read_bytes())["differences"]
+    assert difference["key"] == EMBED and difference["max_abs"] is None and not seen.good
+    assert difference["differing_elements"] == CONFIG.hidden_size
+    assert mj.verify(tmp_path / "other", tmp_path / "other").good  # NaN is equal to NaN here
+
+
+def test_two_infinities_of_one_sign_are_equal_and_of_two_are_not(made, tmp_path):
+    for name, sign in [("plus", 1), ("also plus", 1), ("minus", -1)]:
+        shutil.copytree(made / "bf16", tmp_path / name)
+        folders.edit(tmp_path / name, EMBED, lambda w, sign=sign: w.index_fill_(0, torch.tensor([5]), sign * math.inf))
+    assert mj.verify(tmp_path / "plus", tmp_path / "also plus").good
+    assert failed(mj.verify(tmp_path / "plus", tmp_path / "minus")) == {EMBED}
+
+
+def test_minus_zero_is_zero_by_value_only(made, tmp_path):
+    for name, zero in [("plus", 0.0), ("minus", -0.0)]:
+        shutil.copytree(made / "bf16", tmp_path / name)
+        folders.edit(tmp_path / name, EMBED, lambda w, zero=zero: w.index_fill_(0, torch.tensor([5]), zero))
+    assert mj.verify(tmp_path / "plus", tmp_path / "minus").good
+    assert failed(mj.verify(tmp_path / "plus", tmp_path / "minus", by="bytes")) == {EMBED}
+
+
+PLACES = ["hf", "fp8", "bf16"]
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_one_flipped_bit_anywhere_is_found_and_named(made, tmp_path_factory, data):
+    name = data.draw(st.sampled_from(PLACES))
+    tensors = folders.stored(made / name)
+    key = data.draw(st.sampled_from(sorted(tensors)))
+    bit = data.draw(st.integers(0, 8 * len(tensors[key][2]) - 1))
+    other = tmp_path_factory.mktemp("flipped") / name
+    shutil.copytree(made / name, other)
+    folders.flip_bit(other, key, bit)
+    seen = mj.verify(made / name, other, by="bytes")
+    named = weight_of(tensors, key, bit)
+    assert failed(seen) == {named} and not seen.good
+    was, got = ({d.key: d.sha256 for d in checkpoint.digests} for checkpoint in seen.checkpoints)
+    changed = {digest for digest in was if was[digest] != got[digest]}
+    assert changed == {named + SUFFIX if key.endswith(SUFFIX) else named}
+    assert seen.checkpoints[0].sha256 != seen.checkpoints[1].sha256
+    shutil.rmtree(other)
+
+
+def weight_of(tensors, key, bit):
+    """The Hugging Face name of the weight that a bit of a stored tensor belongs to."""
+    native = key.removesuffix(SUFFIX)
+    _, shape, data = tensors[key]
+    if native.endswith(("gate_and_up_projs", "down_projs")):
+        itemsize = len(data) // math.prod(shape)
+        expert, _, col = np.unravel_index(bit // 8 // itemsize, shape)
+        part = "w2" if native.endswith("down_projs") else "w1" if col < shape[2] // 2 else "w3"
+        return f"{MOE}experts.{expert}.{part}.weight"
+    moved = {"gate.weight": "gate.weight", "gate.e_score_correction_bias": "e_score_correction_bias"}
+    prefix, _, last = native.partition(".mlp.")
+    return f"{prefix}.block_sparse_moe.{moved[last]}" if last else native
+
+
+def test_large_tensors_are_compared_in_pieces(made, tmp_path, monkeypatch):
+    whole = {name: mj.verify(made / name) for name in ("hf", "bf16", "f32")}
+    pairs = {(a, b): mj.verify(made / a, made / b) for a, b in [("hf", "f32"), ("f32", "bf16"), ("fp8", "hf")]}
+    shutil.copytree(made / "hf", tmp_path / "other")
+    folders.edit(tmp_path / "other", EMBED, to_float32_but_for_one)
+    different = mj.verify(made / "hf", tmp_path / "other")
+    for piece_bytes in (1, 5000, 70_000):
+        monkeypatch.setattr("minimax_jax.jobs.verify._PIECE_BYTES", piece_bytes)
+        assert {name: mj.verify(made / name) for name in whole} == whole
+        assert {pair: mj.verify(made / pair[0], made / pair[1]) for pair in pairs} == pairs
+        assert mj.verify(made / "hf", tmp_path / "other") == different
+    (difference,) = different.failures
+    assert (difference.key, difference.dtypes, difference.differing) == (EMBED, ("BF16", "F32"), 1)
+
+
+def to_float32_but_for_one(weight):
+    weight = weight.float()
+    weight[100, 3] += 1
+    return weight
+
+
+# --- what is compared ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_local_experts": 4},
+        {"num_hidden_layers": 2},
+        {"vocab_size": 8},
+        {"intermediate_size": 64},
+        {"rotary_dim": 32},
+        {"rope_theta": 1e4},
+        {"rms_norm_eps": 1e-5},
+        {"num_experts_per_tok": 1},
+        {"tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+def test_another_architecture_is_refused_naming_what_differs(made, tmp_path, changes):
+    synthetic.synthesize(tmp_path / "other", CONFIG.replace(**changes), sparse=True)
+    with pytest.raises(LayoutError, match="not of the same architecture") as caught:
+        mj.verify(made / "hf", tmp_path / "other")
+    ((name, value),) = changes.items()
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.got) == (name, str(value)) and problem.file == str(tmp_path / "other")
+    assert problem.expected == str(getattr(CONFIG, name))
+
+
+def test_what_changes_no_result_does_not_matter(made, tmp_path):
+    shutil.copytree(made / "hf", tmp_path / "other")
+    folders.edit_json(
+        tmp_path / "other" / "config.json",
+        max_position_embeddings=9,
+        dtype="float32",
+        torch_dtype=None,
+        use_cache=False,
+    )
+    assert mj.verify(made / "hf", tmp_path / "other", by="bytes").good
+
+
+def test_names_without_the_prefix_are_refused(made, tmp_path):
+    tree = {key.removeprefix("model."): array for key, array in folders.arrays(made / "hf").items()}
+    folders.write(tmp_path / "other", tree, CONFIG)
+    with pytest.raises(LayoutError, match="not of the same architecture") as caught:
+        mj.verify(made / "hf", tmp_path / "other")
+    assert caught.value.problems[0].got == "embed_tokens.weight"
+    assert mj.verify(tmp_path / "other").checkpoints[0].digests[0].key == "embed_tokens.weight"
+
+
+def test_each_checkpoint_is_read_in_its_own_blocks(tmp_path):
+    # Grids of one shape, blocks of another size: the same bytes are other weights.
+    config = synthetic.config(layers=1, experts=2, weight_block_size=(100, 130))
+    synthetic.synthesize(tmp_path / "a", config)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    quantization = json.loads((tmp_path / "a" / "config.json").read_bytes())["quantization_config"]
+    quantization["weight_block_size"] = [99, 131]
+    folders.edit_json(tmp_path / "b" / "config.json", quantization_config=quantization)
+    for path in ("a", "b"):
+        mj.convert(tmp_path / path, tmp_path / f"{path}-f32", to="hf", dtype="f32")
+        assert mj.verify(tmp_path / path, tmp_path / f"{path}-f32").good
+    a, b = (folders.stored(tmp_path / path) for path in ("a-f32", "b-f32"))
+    moved = {key for key in a if a[key] != b[key]}
+    assert moved and failed(mj.verify(tmp_path / "a", tmp_path / "b")) == moved
+    assert failed(mj.verify(tmp_path / "a", tmp_path / "b", by="bytes")) == scaled_weights(tmp_path / "a")
+
+
+def test_a_file_cut_while_it_is_read_is_found(made, tmp_path, monkeypatch):
+    shutil.copytree(made / "hf", tmp_path / "other")
+    read = Reader.read
+
+    def read_and_cut(self, info, *rows):
+        array = read(self, info, *rows)
+        for file in folders.weight_files(tmp_path / "other"):
+            with file.open("r+b") as stream:
+                stream.truncate(10)
+        return array
+
+    monkeypatch.setattr(Reader, "read", read_and_cut)
+    with pytest.raises(FormatError, match="truncated"):
+        mj.verify(tmp_path / "other", workers=1)
+
+
+@pytest.mark.parametrize("wrong", [{"by": "byte"}, {"by": None}, {"workers": 0}])
+def test_arguments_that_make_no_sense_are_named(made, wrong):
+    with pytest.raises(JobError, match=r"no such way|no workers"):
+        mj.verify(made / "hf", made / "hf", **wrong)
+
+
+# --- digests and the certificate -------------------------------------------------------------------------------------
+
+
+def test_digests_are_sha256_of_what_the_safetensors_library_reads(made):
+    seen = mj.verify(made / "hf")
+    assert seen.comparisons == () and seen.good
+    (digested,) = seen.checkpoints
+    tensors = folders.stored(made / "hf")
+    expected = {key: (dtype, shape, hashlib.sha256(data).hexdigest()) for key, (dtype, shape, data) in tensors.items()}
+    assert {d.key: (d.dtype, list(d.shape), d.sha256) for d in digested.digests} == expected
+    assert len(digested.digests) == len(expected)
+    assert digested.nbytes == sum(len(data) for _, _, data in tensors.values())
+    lines = sorted(f"{key} {dtype} {shape} {digest}\n" for key, (dtype, shape, digest) in expected.items())
+    assert digested.sha256 == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_digests_do_not_depend_on_layout_sharding_and_workers(made):
+    fp8 = {name: mj.verify(made / name).checkpoints[0] for name in ("hf", "one-file", "fp8")}
+    assert len({digested.sha256 for digested in fp8.values()}) == 1
+    assert len({digested.digests for digested in fp8.values()}) == 1
+    assert fp8["fp8"].layout == "native" and fp8["hf"].layout == "hf"
+    assert (
+        mj.verify(made / "bf16", workers=5).checkpoints[0].digests == mj.verify(made / "hf-bf16").checkpoints[0].digests
+    )
+    assert mj.verify(made / "bf16").checkpoints[0].sha256 != fp8["hf"].sha256
+
+
+def test_the_certificate_is_complete_and_the_same_each_time(made, tmp_path):
+    seen = mj.verify(made / "hf", made / "bf16", by="bytes", certificate=tmp_path / "a.json")
+    mj.verify(made / "hf", made / "bf16", by="bytes", workers=4, certificate=tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    found = json.loads((tmp_path / "a.json").read_bytes())
+    assert found == json.loads(json.dumps(certificate(seen)))
+    hf, bf16 = folders.stored(made / "hf"), folders.stored(made / "hf-bf16")
+    scaled = scaled_weights(made / "hf")
+    assert found["good"] is False and found["by"] == "bytes"
+    assert found["weights"] == {"identical": len(bf16) - len(scaled), "equal": len(scaled), "different": 0}
+    assert {difference["key"] for difference in found["differences"]} == scaled
+    assert {difference["relation"] for difference in found["differences"]} == {"equal"}
+    for told, tensors, path in zip(found["checkpoints"], (hf, bf16), ("hf", "bf16"), strict=True):
+        assert told["path"] == str(made / path) and told["tensors"] == len(tensors)
+        assert told["bytes"] == sum(len(data) for _, _, data in tensors.values())
+    assert set(found["tensors"]) == set(hf)
+    for key, facts in found["tensors"].items():
+        each = [fact_of(hf, key), fact_of(bf16, key)]
+        assert facts == (each[0] if each[0] == each[1] else each)
+
+
+def fact_of(tensors, key):
+    if key not in tensors:
+        return None
+    dtype, shape, data = tensors[key]
+    return {"dtype": dtype, "shape": shape, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_the_certificate_of_one_checkpoint_compares_nothing(made):
+    found = certificate(mj.verify(made / "hf"))
+    assert found["weights"] is None and found["differences"] == [] and len(found["checkpoints"]) == 1
+    assert found["tensors"][EMBED] == fact_of(folders.stored(made / "hf"), EMBED)
+
+
+@pytest.mark.parametrize("name", ["nowhere/certificate.json", "folder"])
+def test_a_certificate_that_cannot_be_written_stops_it_before_the_work(made, tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    moments = []
+    with pytest.raises(JobError, match="certificate cannot be written") as caught:
+        mj.verify(made / "hf", certificate=tmp_path / name, progress=moments.append)
+    assert caught.value.problems[0].file == str(tmp_path / name) and not moments
+
+
+def test_progress_counts_every_byte(made):
+    moments = []
+    mj.verify(made / "hf", made / "bf16", progress=moments.append)
+    done = [moment.done_bytes for moment in moments]
+    total = sum(mj.inspect(made / name).total.nbytes for name in ("hf", "bf16"))
+    assert done == sorted(done) and done[-1] == total == moments[0].total_bytes
+
+
+def test_nothing_is_written_to_the_checkpoints(made):
+    def snapshot():
+        return {file: file.stat().st_mtime_ns for name in ("hf", "bf16") for file in Path(made / name).iterdir()}
+
+    before = snapshot()
+    mj.verify(made / "hf", made / "bf16")
+    assert snapshot() == before
