@@ -18,6 +18,11 @@ from .layout.config import MiniMaxConfig as MiniMaxConfig
 from .layout.specs import specs as specs
 from .layout.table import NON_QUANTIZED_KEY_PATTERNS as NON_QUANTIZED_KEY_PATTERNS
 from .layout.table import should_quantize_key as should_quantize_key
+from .lora import from_param_wrapper as from_param_wrapper
+from .lora import group_lora as group_lora
+from .lora import merge_lora as merge_lora
+from .lora import to_param_wrapper as to_param_wrapper
+from .lora import ungroup_lora as ungroup_lora
 from .ops.fp8 import dequantize as dequantize
 from .ops.fp8 import quantize as quantize
 from .ops.scaled import BlockScaled as BlockScaled

@@ -147,7 +147,7 @@ def _combine(entry: Entry, matrices: Experts, dtype: DTypeLike | None) -> Leaf:
     if entry.row.grouped:
         return assemble(matrices, dtype)
     ((matrix,),) = matrices
-    return matrix.dequantize(dtype) if isinstance(matrix, BlockScaled) and dtype is not None else matrix
+    return encode(matrix, dtype, block=entry.block) if isinstance(matrix, BlockScaled) else matrix
 
 
 def _named(entry: Entry, matrices: Experts) -> Iterator[tuple[str, Array]]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import BF16, SUFFIX, config, dequantize, differences, random_hf, without_prefix
-from torch_helpers import nemo_adapter, nemo_from_hf, to_numpy, to_torch
+from torch_helpers import in_numpy, in_torch, nemo_adapter, nemo_from_hf, to_torch
 
 import minimax_jax as mj
 
@@ -25,10 +25,6 @@ PATTERNS = [
     r"model\.layers\.0\.(self_attn|mlp)",
     r".*gate\.weight",
 ]
-
-
-def as_numpy(pairs):
-    return [(key, to_numpy(tensor)) for key, tensor in pairs]
 
 
 @EVERY_CONFIG
@@ -63,19 +59,19 @@ def test_single_tensors_equal_nemos_in_order(cfg, dtype, torch_dtype):
     native = mj.from_hf(random_hf(cfg), cfg, dtype=dtype)
     adapter = nemo_adapter(cfg, torch_dtype)
     for fqn, leaf in native.items():
-        want = as_numpy(adapter.convert_single_tensor_to_hf(fqn, to_torch(leaf)))
+        pairs = adapter.convert_single_tensor_to_hf(fqn, to_torch(leaf))
         got = mj.convert_single_tensor_to_hf(fqn, leaf, cfg)
-        assert [key for key, _ in got] == [key for key, _ in want]
-        assert not differences(dict(got), dict(want))
+        assert [key for key, _ in got] == [key for key, _ in pairs]
+        assert not differences(dict(got), in_numpy(dict(pairs)))
 
 
 @EVERY_CONFIG
 def test_to_hf_equals_nemo_in_order(cfg):
     native = mj.from_hf(random_hf(cfg), cfg)
-    want = nemo_adapter(cfg).to_hf({fqn: to_torch(leaf) for fqn, leaf in native.items()})
+    want = nemo_adapter(cfg).to_hf(in_torch(native))
     got = mj.to_hf(native, cfg)
     assert list(got) == list(want)
-    assert not differences(got, dict(as_numpy(want.items())))
+    assert not differences(got, in_numpy(want))
 
 
 @pytest.mark.parametrize("quantization", [False, True])
@@ -84,7 +80,7 @@ def test_exclude_key_regex_leaves_out_what_nemo_leaves_out(pattern, quantization
     native = mj.from_hf(random_hf(SMALL), SMALL)
     adapter = nemo_adapter(SMALL)
     options = {"exclude_key_regex": pattern, "quantization": quantization}
-    want = adapter.to_hf({fqn: to_torch(leaf) for fqn, leaf in native.items()}, **options)
+    want = adapter.to_hf(in_torch(native), **options)
     got = mj.to_hf(native, SMALL, **options)
     assert list(got) == list(want)
     for fqn, leaf in native.items():
@@ -95,10 +91,10 @@ def test_exclude_key_regex_leaves_out_what_nemo_leaves_out(pattern, quantization
 @EVERY_CONFIG
 def test_fp8_export_has_nemos_names_order_and_shapes(cfg):
     native = mj.from_hf(random_hf(cfg), cfg)
-    want = nemo_adapter(cfg).to_hf({fqn: to_torch(leaf) for fqn, leaf in native.items()}, quantization=True)
+    want = nemo_adapter(cfg).to_hf(in_torch(native), quantization=True)
     got = mj.to_hf(native, cfg, quantization=True)
     assert [(k, v.shape, v.dtype) for k, v in got.items()] == [
-        (key, array.shape, array.dtype) for key, array in as_numpy(want.items())
+        (key, array.shape, array.dtype) for key, array in in_numpy(want).items()
     ]
 
 
@@ -111,7 +107,7 @@ def test_fp8_export_is_close_where_nemos_ones_scales_are_not():
     hf = random_hf(SMALL, "BF16")
     hf = {key: (array * BF16.type(0.002) if array.ndim == 2 else array) for key, array in hf.items()}
     native = mj.from_hf(hf, SMALL)
-    nemo = nemo_adapter(SMALL).to_hf({fqn: to_torch(leaf) for fqn, leaf in native.items()}, quantization=True)
+    nemo = nemo_adapter(SMALL).to_hf(in_torch(native), quantization=True)
     ours = mj.to_hf(native, SMALL, quantization=True)
 
     def error(fp8):
@@ -121,7 +117,7 @@ def test_fp8_export_is_close_where_nemos_ones_scales_are_not():
         return np.sqrt(sum((x**2).sum() for x in off) / sum((x**2).sum() for x in size))
 
     assert error({key: np.asarray(array) for key, array in ours.items()}) < 0.03
-    assert error(dict(as_numpy(nemo.items()))) > 0.25
+    assert error(in_numpy(nemo)) > 0.25
 
 
 def test_nemo_reads_our_fp8_export():

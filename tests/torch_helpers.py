@@ -34,6 +34,14 @@ def to_numpy(tensor):
     return tensor.numpy()
 
 
+def in_torch(tree):
+    return {key: to_torch(np.asarray(array)) for key, array in tree.items()}
+
+
+def in_numpy(tree):
+    return {key: to_numpy(tensor) for key, tensor in tree.items()}
+
+
 def nemo_adapter(cfg, dtype=torch.bfloat16):
     moe = SimpleNamespace(
         n_routed_experts=cfg.num_local_experts,
@@ -47,5 +55,4 @@ def nemo_adapter(cfg, dtype=torch.bfloat16):
 
 
 def nemo_from_hf(hf, cfg, dtype):
-    native = nemo_adapter(cfg, dtype).from_hf({key: to_torch(array) for key, array in hf.items()})
-    return {key: to_numpy(tensor) for key, tensor in native.items()}
+    return in_numpy(nemo_adapter(cfg, dtype).from_hf(in_torch(hf)))

@@ -72,7 +72,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "write_bytes": plan.write_bytes,
         "peak_memory_bytes": plan.peak_bytes,
         "files": [
-            {"name": shard.file_name, "bytes": shard.file_bytes, "tensors": len(shard.tensors)}
+            {"name": shard.file_name, "bytes": shard.file_bytes, "tensors": list(shard.tensors)}
             for shard in (*plan.shards, *plan.sidecar)
         ],
     }

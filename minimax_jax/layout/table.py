@@ -224,3 +224,29 @@ LORA_ROWS = (
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts in front of the names of the model that it adapts."""
+
+_LAYER = "layers."
+
+
+def cut_at_layer(key: str) -> tuple[str, str, str]:
+    """`...layers.7.name` as `...layers.7.`, `7` and `name`; other names whole, behind two empty strings."""
+    before, mark, after = key.rpartition(_LAYER)
+    layer, dot, name = after.partition(".")
+    if not mark or (before and not before.endswith(".")):
+        return "", "", key
+    return before + mark + layer + dot, layer, name
+
+
+def in_layer(name: str, layer: int) -> str:
+    """The name of something in a layer, without any prefix; `name` stands behind `layers.{layer}.`."""
+    return f"{_LAYER}{layer}.{name}"
+
+
+def lora_of(weight: str) -> str:
+    """Template of the names of the LoRA factors of a matrix."""
+    return weight.removesuffix(".weight") + LORA_SUFFIX
+
+
+def is_expert_lora(key: str) -> bool:
+    """Whether a name, known or not, speaks of the LoRA of experts."""
+    return ".lora_" in key and "experts." in key

@@ -1,0 +1,46 @@
+"""Random LoRA adapters, and names of theirs."""
+
+import helpers
+import numpy as np
+from helpers import F32
+
+EXPERTS, HIDDEN, INTER, RANK, LAYERS = 4, 16, 12, 3, 2
+CFG = helpers.config(
+    hidden_size=HIDDEN,
+    intermediate_size=INTER,
+    num_local_experts=EXPERTS,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=2,
+    head_dim=8,
+    rotary_dim=4,
+    weight_block_size=(8, 4),
+)
+PEFT = "base_model.model."
+HUB = {"gate": "block_sparse_moe.experts.{}.w1", "up": "block_sparse_moe.experts.{}.w3"}
+HUB |= {"down": "block_sparse_moe.experts.{}.w2"}
+NEMO = {kind: f"mlp.experts.{{}}.{kind}_proj" for kind in HUB}
+MLP = "model.layers.0.mlp.experts."
+W1 = PEFT + "model.layers.0.block_sparse_moe.experts.1.w1.lora_A.weight"
+
+
+def random_lora(names=HUB, *, prefix=PEFT + "model.", shared=True, cfg=CFG, dtype=F32, seed=0):
+    """Per-expert LoRA; shared: gate and up of an expert have the same A."""
+    rng = np.random.default_rng(seed)
+    hidden, inter = cfg.hidden_size, cfg.intermediate_size
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(dtype)
+
+    tree = {}
+    for layer in range(cfg.num_hidden_layers):
+        for expert in range(cfg.num_local_experts):
+            one_a = draw(RANK, hidden)
+            for kind, rows, cols in (("gate", inter, hidden), ("up", inter, hidden), ("down", hidden, inter)):
+                module = f"{prefix}layers.{layer}.{names[kind].format(expert)}"
+                a = one_a.copy() if shared and kind != "down" else draw(RANK, cols)
+                tree |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": draw(rows, RANK)}
+    return tree
+
+
+def keys_of(error):
+    return {problem.key for problem in error.value.problems}
