@@ -17,10 +17,11 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from minimax_jax.ops import host_matrices as host
 from minimax_jax.ops.checks import Array
 from minimax_jax.ops.experts import group, ungroup
 from minimax_jax.ops.fp8 import FP8, quantize, requantize
-from minimax_jax.ops.rounding import bits_of
+from minimax_jax.ops.rounding import bits_of, narrow
 from minimax_jax.ops.scaled import BlockScaled, dequantize_grouped, group_scaled, ungroup_scaled
 
 Matrix: TypeAlias = Array | BlockScaled
@@ -43,6 +44,8 @@ def assemble(experts: Experts, dtype: DTypeLike | None) -> Matrix:
     dtype = None if dtype is None else np.dtype(dtype)
     if _traced(experts):
         return _assemble(experts, dtype)
+    if (done := host.assemble(experts, dtype)) is not None:
+        return done
     if len(experts) <= EXPERTS_AT_ONCE:
         whole: Matrix = _assemble_jit(experts, dtype)
         return whole
@@ -77,6 +80,8 @@ def split(
     dtype = None if dtype is None else np.dtype(dtype)
     if _traced((grouped, source)):
         return _take_apart(_encode_parts(grouped, source, parts=parts, dtype=dtype, block=block))
+    if (done := host.split(grouped, parts, dtype, block=block, source=source)) is not None:
+        return done
     out: list[tuple[Matrix, ...]] = []
     for start in range(0, grouped.shape[0], EXPERTS_AT_ONCE):
         batch = _batch((grouped, source), start)
@@ -108,14 +113,19 @@ def encode(
     """
     if dtype is None or matrix.dtype == np.dtype(dtype):
         return matrix
-    encoded: Matrix = _encode(matrix, source, dtype=np.dtype(dtype), block=block, parts=parts)
+    dtype = np.dtype(dtype)
+    if not _traced((matrix, source)):
+        done = host.encode(matrix, dtype, block=block, parts=parts, source=source)
+        if done is not None:
+            return done
+    encoded: Matrix = _encode(matrix, source, dtype=dtype, block=block, parts=parts)
     return encoded
 
 
 def _assemble(experts: Experts, dtype: np.dtype[Any] | None) -> Matrix:
     parts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tuple(expert) for expert in experts))
     if not isinstance(parts[0], BlockScaled):
-        return group(parts if dtype is None else [part.astype(dtype) for part in parts])
+        return group(parts if dtype is None else [_cast(part, dtype) for part in parts])
     return group_scaled(parts) if dtype is None else dequantize_grouped(parts, dtype)
 
 
@@ -137,7 +147,7 @@ def _encode(
     if isinstance(matrix, BlockScaled):
         return matrix.dequantize(dtype)
     if dtype != FP8:
-        return matrix.astype(dtype)
+        return _cast(matrix, dtype)
     if source is None:
         values, scale_inv = quantize(matrix, block=block, parts=parts)
     else:
@@ -165,7 +175,7 @@ def _take_apart(parts: Sequence[Matrix]) -> list[tuple[Matrix, ...]]:
     return [_expert(tuple(parts), expert) for expert in range(parts[0].shape[0])]
 
 
-# Apart from the encoding, which XLA's CPU compiler would otherwise repeat for every expert: minutes of compilation.
+# Apart from the encoding, which XLA on CPU would fuse into the matrices of every expert and compile once for each.
 _take_apart_jit = jax.jit(_take_apart)
 
 
@@ -196,6 +206,10 @@ def _batch(tree: Any, start: int) -> Any:
 @functools.partial(jax.jit, static_argnames="count")
 def _slice(array: jax.Array, start: int, *, count: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(array, start, count)
+
+
+def _cast(x: Array, dtype: np.dtype[Any]) -> jax.Array:
+    return jnp.asarray(x) if x.dtype == dtype else narrow(jnp.asarray(x).astype(jnp.float32), dtype)
 
 
 def _traced(tree: Any) -> bool:

@@ -1,0 +1,158 @@
+"""Whether concrete arrays on a CPU go through numba kernels, and the memory that these work on.
+
+XLA's CPU compiler transposes an element at a time; the kernels do the same work, to the same bits, many times faster.
+They are taken where numba is installed, the arrays are concrete and lie in host memory, and there is enough to do.
+MINIMAX_JAX_CPU=xla keeps to XLA; MINIMAX_JAX_CPU=numba takes the kernels however little there is to do.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import platform
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minimax_jax.errors import LayoutError, Problem
+from minimax_jax.ops.checks import Array
+
+HostArray: TypeAlias = np.ndarray[Any, Any]
+Place: TypeAlias = Callable[[HostArray], jax.Array]
+T = TypeVar("T")
+
+VARIABLE = "MINIMAX_JAX_CPU"
+
+BITS = {np.dtype(jnp.bfloat16): np.uint16, np.dtype(np.float16): np.int16, np.dtype(np.float32): np.uint32}
+"""What the kernels see weights as, by their dtype."""
+
+_ENOUGH_BYTES = 2**22
+"""Less than this goes through XLA, before numba is even imported."""
+
+_ALIGNMENT_BYTES = 64
+"""Of host memory that jax takes over without a copy."""
+
+
+def backend() -> Literal["numba", "xla"]:
+    """What large concrete arrays on a CPU go through.
+
+    Raises:
+        LayoutError: MINIMAX_JAX_CPU asks for something unknown, or for numba where it cannot be used.
+    """
+    asked = _asked()
+    if asked == "xla":
+        return "xla"
+    if _kernels() is not None:
+        return "numba"
+    if asked == "numba":
+        remedy = "pip install 'minimax_jax[fast]', or unset it"
+        raise LayoutError(Problem(what="numba cannot be used here", got=f"{VARIABLE}=numba", remedy=remedy))
+    return "xla"
+
+
+def kernels_for(tree: Any) -> ModuleType | None:
+    """The kernels, `minimax_jax.ops.kernels_numba`, if they are to be used for the arrays of `tree`; else None."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves or not all(map(_usable, leaves)) or len(_committed_to(leaves)) > 1:
+        return None
+    if any(isinstance(leaf, np.ndarray) for leaf in leaves) and _default_device().platform != "cpu":
+        return None
+    if _asked() != "numba" and sum(leaf.nbytes for leaf in leaves) < _ENOUGH_BYTES:
+        return None
+    return _kernels() if backend() == "numba" else None
+
+
+def place_of(tree: Any) -> Place:
+    """How results become jax arrays, without a copy: on the device of the arguments, as `jax.jit` has it."""
+    return functools.partial(jax.device_put, device=next(iter(_committed_to(jax.tree.leaves(tree))), None))
+
+
+def on_host(leaf: Array) -> HostArray:
+    """The same memory as numpy sees it; read-only, so that the kernels are compiled for one kind of array."""
+    view: HostArray = np.ascontiguousarray(np.asarray(leaf)).view()
+    view.flags.writeable = False
+    return view
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> HostArray:
+    """Memory that jax can take over without a copy."""
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw: HostArray = np.empty(nbytes + _ALIGNMENT_BYTES, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT_BYTES
+    array: HostArray = raw[start : start + nbytes].view(dtype).reshape(shape)
+    return array
+
+
+def bits(array: Array) -> HostArray:
+    """A view of weights or codes as the kernels see them."""
+    return np.asarray(array).view(BITS.get(array.dtype, np.uint8))
+
+
+def units(array: Array) -> HostArray:
+    """A view of any array as unsigned integers of its size: to be moved, and nothing else."""
+    return np.asarray(array).view(np.dtype(f"uint{8 * array.dtype.itemsize}"))
+
+
+def ordinary(scales: Array) -> bool:
+    """Whether products with codes are normal float32 numbers or zero, and no step on the way to them overflows."""
+    size = np.abs(np.asarray(scales))
+    return bool(np.all((size >= 2.0**-110) & (size <= 2.0**110) | (size == 0)))
+
+
+def run(tasks: Iterable[Callable[[], T]]) -> list[T]:
+    """Results of all tasks, as many at a time as there are cores: the kernels let other threads run."""
+    todo = list(tasks)
+    with ThreadPoolExecutor(max(1, min(len(todo), _cores())), thread_name_prefix="kernel") as pool:
+        return [future.result() for future in [pool.submit(task) for task in todo]]
+
+
+def _usable(leaf: Any) -> bool:
+    if not isinstance(leaf, np.ndarray | jax.Array) or isinstance(leaf, jax.core.Tracer) or not leaf.size:
+        return False
+    if leaf.dtype.itemsize > 4 or not leaf.dtype.isnative:  # of 8 bytes jax makes 4
+        return False
+    return isinstance(leaf, np.ndarray) or (
+        leaf.is_fully_addressable and {device.platform for device in leaf.devices()} == {"cpu"}
+    )
+
+
+def _committed_to(leaves: Iterable[Any]) -> set[jax.Device]:
+    committed = [leaf.devices() for leaf in leaves if isinstance(leaf, jax.Array) and leaf.committed]
+    return set().union(*committed)
+
+
+def _default_device() -> jax.Device:
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return jax.devices(device)[0] if isinstance(device, str) else device or jax.devices()[0]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _asked() -> str:
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in ("", "numba", "xla"):
+        raise LayoutError(Problem(what=f"unknown {VARIABLE}", expected="numba, xla, or not set", got=asked))
+    return asked
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The kernels; None without numba, or on a processor that cannot convert float16 by itself."""
+    try:
+        binding = importlib.import_module("llvmlite.binding")
+        config = importlib.import_module("numba.core.config")
+        features = binding.get_host_cpu_features()
+        x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+        if config.CPU_NAME or config.CPU_FEATURES or (x86 and not features.get("f16c")):
+            return None
+        return importlib.import_module("minimax_jax.ops.kernels_numba")
+    except ImportError:
+        return None
