@@ -137,7 +137,7 @@ def test_any_number_of_workers_writes_the_same_files(made, tmp_path, workers):
     assert folders.files(tmp_path / "out") == folders.files(made / "native")
 
 
-@pytest.mark.parametrize("most_bytes", [1000, 900_000], ids=["single experts", "two experts"])
+@pytest.mark.parametrize("most_bytes", [200, 900_000], ids=["single experts", "two experts"])
 @pytest.mark.parametrize("to", ["native", "hf-fp8"])
 def test_units_of_any_size_write_the_same_files(made, tmp_path, monkeypatch, most_bytes, to):
     source = made / ("hf" if to == "native" else "native")
@@ -163,9 +163,8 @@ def test_fp8_comes_back_byte_for_byte(made, tmp_path, dtype):
     assert report.kept_scales == (0 if dtype == "fp8" else sum(key.endswith(SUFFIX) for key in hf_names(RAGGED, "fp8")))
 
 
-@pytest.mark.parametrize("block", [(16, 16), (64, 7)])
-def test_other_block_sizes_survive_the_trip(tmp_path, block):
-    config = RAGGED.replace(num_hidden_layers=1, num_local_experts=2, weight_block_size=block)
+def test_other_block_sizes_survive_the_trip(tmp_path):
+    config = RAGGED.replace(num_hidden_layers=1, num_local_experts=2, weight_block_size=(64, 7))
     synthetic.synthesize(tmp_path / "hf", config)
     mj.convert(tmp_path / "hf", tmp_path / "native")
     assert "quantization_config" not in json.loads((tmp_path / "native" / "config.json").read_bytes())

@@ -1,5 +1,7 @@
 """Checkpoints that transformers wrote, converted; and what we wrote, loaded by transformers."""
 
+import functools
+
 import folders
 import pytest
 import torch
@@ -42,6 +44,7 @@ def saved(tmp_path_factory):
     return root
 
 
+@functools.cache
 def loaded(folder):
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True

@@ -129,7 +129,7 @@ def test_an_unknown_attribute_is_carried_along_once_it_is_ignored(made, tmp_path
     folders.edit_json(tmp_path / "hf" / "config.json", colour="red")
     (problem,) = refused(ConfigError, tmp_path / "hf", "unknown attribute")
     assert problem.key == "colour"
-    mj.convert(tmp_path / "hf", tmp_path / "native", ignore=["colour"])
+    mj.convert(tmp_path / "hf", tmp_path / "native", dtype="fp8", ignore=["colour"])
     mj.convert(tmp_path / "native", tmp_path / "back", to="hf-fp8", ignore=["colour"])
     assert json.loads((tmp_path / "back" / "config.json").read_bytes())["colour"] == "red"
     assert mj.verify(tmp_path / "hf", tmp_path / "back", by="bytes", ignore=["colour"]).good
