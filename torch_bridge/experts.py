@@ -1,0 +1,167 @@
+"""Many matrices of experts to one grouped tensor and back, on one rank: `[rows, cols]` <-> `[experts, cols, n*rows]`.
+
+On CPU the kernels of `minimax_jax.ops.host` do it in one pass over memory, where there are any. Else each matrix is
+transposed as it is: codes at one byte, before they are dequantised, and by PJRT's transposing copy, which is several
+times faster than XLA's or torch's. Either way it goes straight to its place in the result, so that besides the result
+no more than a few matrices are in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+
+from minimax_jax.dtypes import DTYPES
+from minimax_jax.ops import fp8 as jitted
+from minimax_jax.ops import host
+from torch_bridge import fp8, memory
+from torch_bridge.arrays import TORCH_NAMES, as_numpy, to_torch
+from torch_bridge.fp8 import Block, Offset
+
+_WORKERS = min(4, os.cpu_count() or 1)
+"""Experts in work at once on CPU: a matrix is transposed while another is dequantised by all cores."""
+
+_RETURN_BYTES = 16 << 20
+"""After so much has been let go of, it is given back to the system: seldom enough to cost little."""
+
+
+class Part(NamedTuple):
+    """One matrix of an expert, or a slice of one.
+
+    Attributes:
+        values: `[rows, cols]`: FP8 codes, or weights of any float dtype.
+        scale_inv: block scales of the whole matrix; None for weights.
+        offset: row and column of `values[0, 0]` in the whole matrix.
+    """
+
+    values: torch.Tensor
+    scale_inv: torch.Tensor | None
+    offset: Offset
+
+
+class Filling(NamedTuple):
+    """One expert and where it goes.
+
+    Attributes:
+        out: `[cols, parts*rows]` of the grouped tensor.
+        parts: matrices of equal shape, side by side.
+    """
+
+    out: torch.Tensor
+    parts: tuple[Part, ...]
+
+
+def fill(out: torch.Tensor, fillings: Iterable[Filling], block: Block) -> None:
+    """Write every expert to its place: transposed, dequantised, cast to the dtype of the grouped tensor.
+
+    Args:
+        out: the grouped tensor.
+        fillings: taken from the iterator one by one, and let go of one by one.
+        block: rows and columns of one FP8 block.
+    """
+    job = functools.partial(_fill, block=block)
+    if not fp8.on_cpu(out):  # one stream, that of the caller
+        _run(map(job, fillings))
+        return
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        _run(pool.map(job, fillings))
+
+
+def _run(jobs: Iterable[int]) -> None:
+    let_go = 0
+    for nbytes in jobs:
+        let_go += nbytes
+        if let_go >= _RETURN_BYTES:
+            let_go = 0
+            memory.return_freed()
+
+
+def contiguous(view: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy of a matrix that is a transposed view."""
+    if not fp8.on_cpu(view) or view.is_contiguous():
+        return view.clone(memory_format=torch.contiguous_format)
+    source = as_numpy(view.T)
+    kernels = _kernels_for(source)
+    if kernels is None:
+        return to_torch(_row_major(source.T).block_until_ready())
+    copy = torch.empty(view.shape, dtype=view.dtype)
+    kernels.transpose((host.units(source),), host.units(as_numpy(copy)))
+    return copy
+
+
+def _fill(filling: Filling, block: Block) -> int:
+    """Fill one place; gives the size in bytes of what it was filled with."""
+    out, parts = filling
+    if not fp8.on_cpu(out, *(part.values for part in parts)):
+        for place, part in zip(out.chunk(len(parts), dim=1), parts, strict=True):
+            place.copy_(_weights(part, out.dtype, block).T)
+    elif not _fill_by_kernels(out, parts, block):
+        for place, part in zip(out.chunk(len(parts), dim=1), parts, strict=True):
+            np.copyto(host.units(as_numpy(place)), host.units(np.asarray(_turned(part, out.dtype, block))))
+    return sum(part.values.nbytes for part in parts)
+
+
+def _fill_by_kernels(out: torch.Tensor, parts: tuple[Part, ...], block: Block) -> bool:
+    """Fill a place in one pass over memory; False where there are no kernels, or they do not cover it."""
+    target, values = as_numpy(out), [as_numpy(part.values) for part in parts]
+    kernels = _kernels_for(values)
+    if kernels is None:
+        return False
+    if parts[0].scale_inv is None:
+        if any(array.dtype != target.dtype for array in values):
+            return False
+        kernels.transpose(tuple(host.units(host.on_host(array)) for array in values), host.units(target))
+        return True
+    scales = [grid for part in parts if (grid := _scales_from(part, block)) is not None]
+    if len(scales) < len(parts) or not all(map(host.ordinary, scales)):
+        return False
+    codes = tuple(host.bits(host.on_host(array)) for array in values)
+    kernels.decode_transposed(codes, tuple(map(host.on_host, scales)), block, host.bits(target))
+    return True
+
+
+def _kernels_for(arrays: Any) -> ModuleType | None:
+    with jax.default_device(_cpu()):  # where these arrays are, whatever else JAX has
+        return host.kernels_for(arrays)
+
+
+def _scales_from(part: Part, block: Block) -> np.ndarray[Any, Any] | None:
+    """The scales of a part from its first row and column on; None where these are not the first of a block."""
+    (row, row_in_block), (col, col_in_block) = map(divmod, part.offset, block)
+    if part.scale_inv is None or row_in_block or col_in_block:
+        return None
+    return as_numpy(part.scale_inv.cpu())[row:, col:]
+
+
+def _weights(part: Part, dtype: torch.dtype, block: Block) -> torch.Tensor:
+    if part.scale_inv is None:
+        return part.values
+    return fp8.dequantize(part.values, part.scale_inv, dtype, block=block, offset=part.offset)
+
+
+def _turned(part: Part, dtype: torch.dtype, block: Block) -> jax.Array:
+    """The weights of a part, `dtype` [cols, rows]."""
+    if part.scale_inv is None:
+        return _row_major(as_numpy(part.values.to(dtype)).T)
+    codes, scale_inv = _row_major(as_numpy(part.values).T), as_numpy(part.scale_inv.cpu()).T
+    name = TORCH_NAMES[dtype]
+    return jitted.dequantize(codes, scale_inv, DTYPES[name], block=block[::-1], offset=part.offset[::-1])
+
+
+def _row_major(matrix: np.ndarray[Any, Any]) -> jax.Array:
+    """A numpy matrix in row-major order: a copy, perhaps still under way, unless it has that order already."""
+    turned: jax.Array = jax.device_put(matrix, _cpu())
+    return turned
+
+
+@functools.cache
+def _cpu() -> jax.Device:
+    return jax.local_devices(backend="cpu")[0]
