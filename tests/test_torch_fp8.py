@@ -112,6 +112,11 @@ def test_a_block_too_small_for_a_scale_counts_as_zero():
         assert not codes.float().any()
 
 
+def test_codes_saturate():
+    codes = fp8.encode(torch.tensor([[1000.0, -460.0, 448.0]]), torch.ones(1, 1))
+    assert codes.float().tolist() == [[448.0, -448.0, 448.0]]
+
+
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_quantization_of_any_slice(data):

@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch_ranks
+from helpers import config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nemo_oracle import assert_same
+from nemo_oracle import assert_same, checkpoint, nemo_adapter, our_adapter
 from test_torch_fp8 import BLOCK, MINIMAX, random_matrix
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -63,6 +64,19 @@ def test_any_shard_of_any_mesh_is_dequantised_as_in_one_piece(shape, shard, seed
         got = matrices.dequantize(weight, scales, torch.bfloat16, block=BLOCK)
         assert (got.placements, got.device_mesh, got.shape) == (placements, mesh, want.shape)
         assert_same(got.to_local(), torch_ranks.piece(want, mesh, placements))
+
+
+@pytest.mark.parametrize("kernels", ["numba", "xla"])
+@pytest.mark.parametrize("hidden", [512, 320])  # a half is whole blocks, or is not
+def test_halves_of_experts_in_all_ways_on_cpu(monkeypatch, kernels, hidden):
+    monkeypatch.setenv("MINIMAX_JAX_CPU", kernels)
+    cfg = config(hidden_size=hidden, intermediate_size=256, num_hidden_layers=1, num_local_experts=2)
+    want = nemo_adapter(cfg).from_hf(checkpoint(cfg))
+    for rank in range(4):
+        with rank_of(rank, ep_shard=2, ep=2) as mesh:
+            for name, tensor in our_adapter(cfg).from_hf(checkpoint(cfg), mesh).items():
+                if isinstance(tensor, DTensor):
+                    assert_same(tensor.to_local(), torch_ranks.piece(want[name], mesh, tensor.placements))
 
 
 @pytest.mark.parametrize("experts", [1, 3, 4, 7, 64])

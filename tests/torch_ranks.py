@@ -334,15 +334,16 @@ def quantization_of_dtensors():
 def a_nan_of_one_rank_is_every_ranks_error():
     cfg, mesh = config(), mesh_of(dp=dist.get_world_size())
     name = "model.layers.0.self_attn.q_proj.weight"
-    weight = distribute(reference(cfg)[name].clone(), mesh, (Shard(0),))
-    if dist.get_rank() == 0:
-        weight.to_local()[0, 0] = float("nan")
-    try:
-        ours(cfg).to_hf({name: weight}, quantization=True)
-    except NumericError as error:
-        assert name in str(error)
-    else:
-        raise AssertionError("NaN was quantised")
+    for rank in range(dist.get_world_size()):  # 160 or 80 columns each: blocks of 128 are shared
+        weight = distribute(reference(cfg)[name].clone(), mesh, (Shard(1),))
+        if dist.get_rank() == rank:
+            weight.to_local()[0] = float("nan")
+        try:
+            ours(cfg).to_hf({name: weight}, quantization=True)
+        except NumericError as error:
+            assert name in str(error)
+        else:
+            raise AssertionError(f"NaN of rank {rank} was quantised")
 
 
 @scenario
