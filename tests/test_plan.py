@@ -159,6 +159,13 @@ def test_no_plan_is_over_its_budget(opened, max_memory_bytes, workers, target):
     assert RUNTIME_BYTES + workers * max(unit.memory_bytes for unit in planned.units) <= max_memory_bytes
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_peak_is_that_of_the_largest_units_at_a_time(opened, workers):
+    planned = plan(opened, front.target("native"), workers=workers)
+    largest = sorted((unit.memory_bytes for unit in planned.units), reverse=True)[:workers]
+    assert planned.peak_bytes == RUNTIME_BYTES + sum(largest) and len(largest) == workers
+
+
 def test_a_larger_budget_than_the_default_plans_the_same(little):
     assert plan_json(mj.plan(little)) == plan_json(mj.plan(little, max_memory_bytes=64 * GIB))
 

@@ -19,6 +19,7 @@ from minimax_jax import synthetic
 from minimax_jax.errors import FormatError, JobError, LayoutError
 from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.certificate import certificate
+from minimax_jax.jobs.verify import View
 
 CONFIG = synthetic.config(layers=1, experts=3)
 MOE = "model.layers.0.block_sparse_moe."
@@ -124,6 +125,33 @@ def test_two_infinities_of_one_sign_are_equal_and_of_two_are_not(made, tmp_path)
     assert failed(mj.verify(tmp_path / "plus", tmp_path / "minus")) == {EMBED}
 
 
+def test_numbers_too_far_apart_for_a_float_are_different(made, tmp_path):
+    for name, value in [("large", 3e38), ("small", -3e38)]:
+        shutil.copytree(made / "bf16", tmp_path / name)
+        folders.edit(tmp_path / name, EMBED, lambda w, value=value: w.index_fill_(0, torch.tensor([5]), value))
+    (difference,) = mj.verify(tmp_path / "large", tmp_path / "small").failures
+    assert difference.max_abs == math.inf and difference.differing == CONFIG.hidden_size
+
+
+def test_any_nan_is_nan_by_value_only(made, tmp_path):
+    for name, bits in [("one", 0x7FC0), ("another", 0x7FC1)]:
+        shutil.copytree(made / "bf16", tmp_path / name)
+        folders.edit(tmp_path / name, EMBED, lambda w, bits=bits: with_bits(w, bits))
+    assert relations(mj.verify(tmp_path / "one", tmp_path / "another"))[EMBED] == "equal"
+    assert failed(mj.verify(tmp_path / "one", tmp_path / "another", by="bytes")) == {EMBED}
+
+
+def with_bits(weight, bits):
+    weight.view(torch.int16)[3, 4] = bits
+    return weight
+
+
+def test_a_signalling_nan_raises_no_alarm(made, tmp_path):
+    shutil.copytree(made / "bf16", tmp_path / "other")
+    folders.edit(tmp_path / "other", EMBED, lambda weight: with_bits(weight, 0x7F81))
+    assert failed(mj.verify(made / "bf16", tmp_path / "other")) == {EMBED}
+
+
 def test_minus_zero_is_zero_by_value_only(made, tmp_path):
     for name, zero in [("plus", 0.0), ("minus", -0.0)]:
         shutil.copytree(made / "bf16", tmp_path / name)
@@ -175,11 +203,16 @@ def test_large_tensors_are_compared_in_pieces(made, tmp_path, monkeypatch):
     shutil.copytree(made / "hf", tmp_path / "other")
     folders.edit(tmp_path / "other", EMBED, to_float32_but_for_one)
     different = mj.verify(made / "hf", tmp_path / "other")
+    sizes = []
+    rows = View.rows
+    monkeypatch.setattr(View, "rows", lambda *of: sizes.append((chunk := rows(*of)).nbytes) or chunk)
     for piece_bytes in (1, 5000, 70_000):
         monkeypatch.setattr("minimax_jax.jobs.verify._PIECE_BYTES", piece_bytes)
         assert {name: mj.verify(made / name) for name in whole} == whole
         assert {pair: mj.verify(made / pair[0], made / pair[1]) for pair in pairs} == pairs
         assert mj.verify(made / "hf", tmp_path / "other") == different
+        assert max(sizes) <= max(piece_bytes, CONFIG.hidden_size * 4)
+        sizes.clear()
     (difference,) = different.failures
     assert (difference.key, difference.dtypes, difference.differing) == (EMBED, ("BF16", "F32"), 1)
 

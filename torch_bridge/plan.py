@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minimax_jax.errors import LayoutError, Problem, raise_if
-from minimax_jax.layout.check import _EntryCheck
+from minimax_jax.layout.check import EntryCheck
 from minimax_jax.layout.specs import Entry
 from minimax_jax.layout.table import SCALE_SUFFIX, Row
 from torch_bridge.arrays import TORCH_NAMES
@@ -144,7 +144,7 @@ def describe(tensor: torch.Tensor) -> Stored:
 def native_problems(entry: Entry, tensor: Any) -> Iterator[Problem]:
     """What is wrong with a grouped native tensor."""
     stored = {entry.native: describe(tensor)} if isinstance(tensor, torch.Tensor) else {}
-    return _EntryCheck(entry, "native", stored).problems()
+    return EntryCheck(entry, "native", stored).problems()
 
 
 def _is_scaled(key: str, stored: Mapping[str, Stored]) -> bool:
@@ -174,7 +174,7 @@ def _matrix_problems(key: str, stored: Mapping[str, Stored], sizes: Sizes) -> It
         return
     row = Row(native=key, parts=(key,), axes=("rows", "cols"), dtype=_FP8)
     entry = Entry(row=row, native=key, layer=None, keys=((key,),), part_shape=shape, block=sizes.block)
-    yield from _EntryCheck(entry, "hf", stored).problems()
+    yield from EntryCheck(entry, "hf", stored).problems()
 
 
 def _half_layers(entries: Mapping[str, Entry]) -> Iterator[Problem]:
@@ -199,7 +199,7 @@ def _group(
         local = group.local
     except LayoutError as error:
         return None, [dataclasses.replace(problem, key=entry.native) for problem in error.problems]
-    problems = list(_EntryCheck(local, "hf", stored).problems())
+    problems = list(EntryCheck(local, "hf", stored).problems())
     if not problems and owner is None:
         problems += _not_held(group, tensors)
     return group, problems

@@ -90,7 +90,7 @@ def open_source(path: str | Path, *, ignore: Collection[str] = ()) -> Source:
     path = Path(path)
     checkpoint = open_checkpoint(path)
     folder = path if path.is_dir() else path.parent
-    config = _read_config(folder, ignore)
+    config = MiniMaxConfig.from_pretrained(folder, ignore=ignore)
     scales = _open_sidecar(folder)
     if scales is not None:
         config = _with_block_of(scales, config)
@@ -104,16 +104,6 @@ def open_source(path: str | Path, *, ignore: Collection[str] = ()) -> Source:
 def sidecar_metadata(config: MiniMaxConfig) -> dict[str, str]:
     """The header metadata of a sidecar: the source's quantization_config, which a float checkpoint's config lacks."""
     return {_SIDECAR_CONFIG: json.dumps(config.to_dict()[_SIDECAR_CONFIG], sort_keys=True)}
-
-
-def _read_config(folder: Path, ignore: Collection[str]) -> MiniMaxConfig:
-    config = MiniMaxConfig.from_pretrained(folder, ignore=ignore)
-    try:
-        json.dumps(config.to_dict(), ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:
-        what, file = "config.json holds what JSON cannot say", folder / "config.json"
-        raise ConfigError(Problem(what=what, file=str(file), got=str(error))) from error
-    return config
 
 
 def _open_sidecar(folder: Path) -> Checkpoint | None:

@@ -54,7 +54,7 @@ def survey(
     bare = bool(tensors) and not any(key.startswith(PREFIX) for key in tensors)
     table = specs(config, "" if bare else PREFIX)
     layout = _settle(tensors, table, layout)
-    checks = [_EntryCheck(entry, layout, tensors) for entry in table.entries]
+    checks = [EntryCheck(entry, layout, tensors) for entry in table.entries]
     known = {name for check in checks for name in check.names}
     unexpected = [key for key in tensors if key not in known]
     wanted = [check for check in checks if check.present or not partial]
@@ -96,7 +96,7 @@ def _first(names: Iterable[str], keys: Collection[str]) -> str | None:
     return next((name for name in names if name in keys), None)
 
 
-class _EntryCheck:
+class EntryCheck:
     """Compares the stored tensors of one entry with what it should have.
 
     Attributes:

@@ -6,9 +6,9 @@ MiniMax-M2 checkpoints (`weight_scale_inv`, `weight_block_size`).
 Results are the same bit for bit in eager calls and under `jit`, on any backend whose float32 products and sums are
 IEEE: see `minimax_jax.ops.rounding` for how.
 
-Small numbers: XLA flushes float32 denormals on CPU and TPU. The exact results are promised where every value of `x`
-and every product `code * scale` is zero or a normal float32. A block whose `amax / 448` is below the smallest normal
-float32 (1.2e-38) counts as all zero: scale 1.0, codes +-0.
+Small numbers: XLA flushes float32 denormals on CPU and TPU. The exact results are promised where every value of `x`,
+every scale and every product `code * scale` is zero or a normal float32. A block whose `amax / 448` is below the
+smallest normal float32 (1.2e-38) counts as all zero: scale 1.0, codes +-0.
 
 Parts: a matrix whose last axis is several matrices side by side, such as a grouped gate and up [experts, hidden,
 2*inter], has a grid of blocks that starts anew at each of them. `parts` says how many equal parts there are; it makes
