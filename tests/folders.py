@@ -42,6 +42,12 @@ def arrays(folder):
     }
 
 
+def scaled_weights(folder):
+    """Names of the weights that have block scales."""
+    tensors = stored(folder)
+    return {key for key in tensors if key + SUFFIX in tensors}
+
+
 def described(tree):
     """Key to dtype, shape and bytes of a tree in memory; a `BlockScaled` is its codes and its scales."""
     found = {}

@@ -68,3 +68,30 @@ def test_the_peak_keeps_to_the_plan_and_does_not_grow_with_layers_and_experts(so
         assert planned == planned_large < 600 * 10**6  # of a gigabyte that is read and written
         assert max(small, large) < planned
         assert large - small < planned / 6
+
+
+HOARD = """
+import sys
+import numpy as np
+from minimax_jax.jobs.heap import give_back
+
+def resident_bytes():
+    with open("/proc/self/statm") as pages:
+        return int(pages.read().split()[1]) * 4096
+
+start = resident_bytes()
+arrays = [np.ones(100_000, np.uint8) for _ in range(2000)]
+del arrays[:-1]  # the last one keeps glibc from shrinking the heap by itself
+before = resident_bytes() - start
+give_back(int(sys.argv[1]))
+print(before, resident_bytes() - start)
+"""
+
+
+@pytest.mark.parametrize("freed_bytes,returned", [(2 * 10**8, True), (10**6, False)])
+def test_memory_that_was_freed_goes_back_to_the_system_where_it_is_much(freed_bytes, returned):
+    command = [sys.executable, "-c", HOARD, str(freed_bytes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 150 * 10**6
+    assert (after < 20 * 10**6) == returned

@@ -1,10 +1,8 @@
 """Verification: what is identical, equal or different, and the certificate of it."""
 
-import hashlib
 import json
 import math
 import shutil
-from pathlib import Path
 
 import folders
 import numpy as np
@@ -18,7 +16,6 @@ import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.errors import FormatError, JobError, LayoutError
 from minimax_jax.io.reader import Reader
-from minimax_jax.jobs.certificate import certificate
 from minimax_jax.jobs.verify import View
 
 CONFIG = synthetic.config(layers=1, experts=3)
@@ -49,11 +46,6 @@ def failed(seen):
     return {comparison.key for comparison in seen.failures}
 
 
-def scaled_weights(folder):
-    tensors = folders.stored(folder)
-    return {key for key in tensors if key + SUFFIX in tensors}
-
-
 # --- identical, equal, different -------------------------------------------------------------------------------------
 
 
@@ -70,7 +62,7 @@ def test_the_same_bytes_are_identical_in_any_layout_and_sharding(made, other):
 @pytest.mark.parametrize("other", ["bf16", "f32", "hf-bf16"])
 def test_fp8_and_floats_are_equal_by_value_and_not_by_bytes(made, other):
     by_value, by_bytes = mj.verify(made / "hf", made / other), mj.verify(made / other, made / "hf", by="bytes")
-    scaled = scaled_weights(made / "hf")
+    scaled = folders.scaled_weights(made / "hf")
     assert by_value.good and not by_bytes.good
     assert {key for key, relation in relations(by_value).items() if relation == "equal"} == scaled
     assert {key for key, relation in relations(by_bytes).items() if relation == "identical"} == set(
@@ -86,7 +78,7 @@ def test_bf16_is_equal_to_f32_only_once_f32_is_rounded(made, tmp_path):
     mj.convert(made / "bf16", tmp_path / "rounded", dtype="f32")
     assert mj.verify(made / "bf16", tmp_path / "rounded").good
     seen = mj.verify(made / "f32", tmp_path / "rounded")
-    assert failed(seen) == scaled_weights(made / "hf")
+    assert failed(seen) == folders.scaled_weights(made / "hf")
 
 
 def test_a_difference_is_counted_and_measured(made, tmp_path):
@@ -286,7 +278,7 @@ def test_each_checkpoint_is_read_in_its_own_blocks(tmp_path):
     a, b = (folders.stored(tmp_path / path) for path in ("a-f32", "b-f32"))
     moved = {key for key in a if a[key] != b[key]}
     assert moved and failed(mj.verify(tmp_path / "a", tmp_path / "b")) == moved
-    assert failed(mj.verify(tmp_path / "a", tmp_path / "b", by="bytes")) == scaled_weights(tmp_path / "a")
+    assert failed(mj.verify(tmp_path / "a", tmp_path / "b", by="bytes")) == folders.scaled_weights(tmp_path / "a")
 
 
 def test_a_file_cut_while_it_is_read_is_found(made, tmp_path, monkeypatch):
@@ -309,90 +301,3 @@ def test_a_file_cut_while_it_is_read_is_found(made, tmp_path, monkeypatch):
 def test_arguments_that_make_no_sense_are_named(made, wrong):
     with pytest.raises(JobError, match=r"no such way|no workers"):
         mj.verify(made / "hf", made / "hf", **wrong)
-
-
-# --- digests and the certificate -------------------------------------------------------------------------------------
-
-
-def test_digests_are_sha256_of_what_the_safetensors_library_reads(made):
-    seen = mj.verify(made / "hf")
-    assert seen.comparisons == () and seen.good
-    (digested,) = seen.checkpoints
-    tensors = folders.stored(made / "hf")
-    expected = {key: (dtype, shape, hashlib.sha256(data).hexdigest()) for key, (dtype, shape, data) in tensors.items()}
-    assert {d.key: (d.dtype, list(d.shape), d.sha256) for d in digested.digests} == expected
-    assert len(digested.digests) == len(expected)
-    assert digested.nbytes == sum(len(data) for _, _, data in tensors.values())
-    lines = sorted(f"{key} {dtype} {shape} {digest}\n" for key, (dtype, shape, digest) in expected.items())
-    assert digested.sha256 == hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def test_digests_do_not_depend_on_layout_sharding_and_workers(made):
-    fp8 = {name: mj.verify(made / name).checkpoints[0] for name in ("hf", "one-file", "fp8")}
-    assert len({digested.sha256 for digested in fp8.values()}) == 1
-    assert len({digested.digests for digested in fp8.values()}) == 1
-    assert fp8["fp8"].layout == "native" and fp8["hf"].layout == "hf"
-    assert (
-        mj.verify(made / "bf16", workers=5).checkpoints[0].digests == mj.verify(made / "hf-bf16").checkpoints[0].digests
-    )
-    assert mj.verify(made / "bf16").checkpoints[0].sha256 != fp8["hf"].sha256
-
-
-def test_the_certificate_is_complete_and_the_same_each_time(made, tmp_path):
-    seen = mj.verify(made / "hf", made / "bf16", by="bytes", certificate=tmp_path / "a.json")
-    mj.verify(made / "hf", made / "bf16", by="bytes", workers=4, certificate=tmp_path / "b.json")
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    found = json.loads((tmp_path / "a.json").read_bytes())
-    assert found == json.loads(json.dumps(certificate(seen)))
-    hf, bf16 = folders.stored(made / "hf"), folders.stored(made / "hf-bf16")
-    scaled = scaled_weights(made / "hf")
-    assert found["good"] is False and found["by"] == "bytes"
-    assert found["weights"] == {"identical": len(bf16) - len(scaled), "equal": len(scaled), "different": 0}
-    assert {difference["key"] for difference in found["differences"]} == scaled
-    assert {difference["relation"] for difference in found["differences"]} == {"equal"}
-    for told, tensors, path in zip(found["checkpoints"], (hf, bf16), ("hf", "bf16"), strict=True):
-        assert told["path"] == str(made / path) and told["tensors"] == len(tensors)
-        assert told["bytes"] == sum(len(data) for _, _, data in tensors.values())
-    assert set(found["tensors"]) == set(hf)
-    for key, facts in found["tensors"].items():
-        each = [fact_of(hf, key), fact_of(bf16, key)]
-        assert facts == (each[0] if each[0] == each[1] else each)
-
-
-def fact_of(tensors, key):
-    if key not in tensors:
-        return None
-    dtype, shape, data = tensors[key]
-    return {"dtype": dtype, "shape": shape, "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def test_the_certificate_of_one_checkpoint_compares_nothing(made):
-    found = certificate(mj.verify(made / "hf"))
-    assert found["weights"] is None and found["differences"] == [] and len(found["checkpoints"]) == 1
-    assert found["tensors"][EMBED] == fact_of(folders.stored(made / "hf"), EMBED)
-
-
-@pytest.mark.parametrize("name", ["nowhere/certificate.json", "folder"])
-def test_a_certificate_that_cannot_be_written_stops_it_before_the_work(made, tmp_path, name):
-    (tmp_path / "folder").mkdir()
-    moments = []
-    with pytest.raises(JobError, match="certificate cannot be written") as caught:
-        mj.verify(made / "hf", certificate=tmp_path / name, progress=moments.append)
-    assert caught.value.problems[0].file == str(tmp_path / name) and not moments
-
-
-def test_progress_counts_every_byte(made):
-    moments = []
-    mj.verify(made / "hf", made / "bf16", progress=moments.append)
-    done = [moment.done_bytes for moment in moments]
-    total = sum(mj.inspect(made / name).total.nbytes for name in ("hf", "bf16"))
-    assert done == sorted(done) and done[-1] == total == moments[0].total_bytes
-
-
-def test_nothing_is_written_to_the_checkpoints(made):
-    def snapshot():
-        return {file: file.stat().st_mtime_ns for name in ("hf", "bf16") for file in Path(made / name).iterdir()}
-
-    before = snapshot()
-    mj.verify(made / "hf", made / "bf16")
-    assert snapshot() == before

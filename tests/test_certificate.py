@@ -1,0 +1,112 @@
+"""Digests of tensors and of whole checkpoints, and the certificate of a verification."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import folders
+import pytest
+
+import minimax_jax as mj
+from minimax_jax import synthetic
+from minimax_jax.errors import JobError
+from minimax_jax.jobs.certificate import certificate
+
+CONFIG = synthetic.config(layers=1, experts=3)
+EMBED = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The same model in FP8 and in bf16, in both layouts, cut up differently."""
+    root = tmp_path_factory.mktemp("made")
+    synthetic.synthesize(root / "hf", CONFIG, shard_bytes=60_000)
+    mj.convert(root / "hf", root / "one-file", to="hf-fp8")
+    mj.convert(root / "hf", root / "fp8", dtype="fp8", shard_bytes=80_000)
+    mj.convert(root / "hf", root / "bf16")
+    mj.convert(root / "hf", root / "hf-bf16", to="hf")
+    return root
+
+
+def test_digests_are_sha256_of_what_the_safetensors_library_reads(made):
+    seen = mj.verify(made / "hf")
+    assert seen.comparisons == () and seen.good
+    (digested,) = seen.checkpoints
+    tensors = folders.stored(made / "hf")
+    expected = {key: (dtype, shape, hashlib.sha256(data).hexdigest()) for key, (dtype, shape, data) in tensors.items()}
+    assert {d.key: (d.dtype, list(d.shape), d.sha256) for d in digested.digests} == expected
+    assert len(digested.digests) == len(expected)
+    assert digested.nbytes == sum(len(data) for _, _, data in tensors.values())
+    lines = sorted(f"{key} {dtype} {shape} {digest}\n" for key, (dtype, shape, digest) in expected.items())
+    assert digested.sha256 == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_digests_do_not_depend_on_layout_sharding_and_workers(made):
+    fp8 = {name: mj.verify(made / name).checkpoints[0] for name in ("hf", "one-file", "fp8")}
+    assert len({digested.sha256 for digested in fp8.values()}) == 1
+    assert len({digested.digests for digested in fp8.values()}) == 1
+    assert fp8["fp8"].layout == "native" and fp8["hf"].layout == "hf"
+    assert (
+        mj.verify(made / "bf16", workers=5).checkpoints[0].digests == mj.verify(made / "hf-bf16").checkpoints[0].digests
+    )
+    assert mj.verify(made / "bf16").checkpoints[0].sha256 != fp8["hf"].sha256
+
+
+def test_the_certificate_is_complete_and_the_same_each_time(made, tmp_path):
+    seen = mj.verify(made / "hf", made / "bf16", by="bytes", certificate=tmp_path / "a.json")
+    mj.verify(made / "hf", made / "bf16", by="bytes", workers=4, certificate=tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    found = json.loads((tmp_path / "a.json").read_bytes())
+    assert found == json.loads(json.dumps(certificate(seen)))
+    hf, bf16 = folders.stored(made / "hf"), folders.stored(made / "hf-bf16")
+    scaled = folders.scaled_weights(made / "hf")
+    assert found["good"] is False and found["by"] == "bytes"
+    assert found["weights"] == {"identical": len(bf16) - len(scaled), "equal": len(scaled), "different": 0}
+    assert {difference["key"] for difference in found["differences"]} == scaled
+    assert {difference["relation"] for difference in found["differences"]} == {"equal"}
+    for told, tensors, path in zip(found["checkpoints"], (hf, bf16), ("hf", "bf16"), strict=True):
+        assert told["path"] == str(made / path) and told["tensors"] == len(tensors)
+        assert told["bytes"] == sum(len(data) for _, _, data in tensors.values())
+    assert set(found["tensors"]) == set(hf)
+    for key, facts in found["tensors"].items():
+        each = [fact_of(hf, key), fact_of(bf16, key)]
+        assert facts == (each[0] if each[0] == each[1] else each)
+
+
+def fact_of(tensors, key):
+    if key not in tensors:
+        return None
+    dtype, shape, data = tensors[key]
+    return {"dtype": dtype, "shape": shape, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_the_certificate_of_one_checkpoint_compares_nothing(made):
+    found = certificate(mj.verify(made / "hf"))
+    assert found["weights"] is None and found["differences"] == [] and len(found["checkpoints"]) == 1
+    assert found["tensors"][EMBED] == fact_of(folders.stored(made / "hf"), EMBED)
+
+
+@pytest.mark.parametrize("name", ["nowhere/certificate.json", "folder"])
+def test_a_certificate_that_cannot_be_written_stops_it_before_the_work(made, tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    moments = []
+    with pytest.raises(JobError, match="certificate cannot be written") as caught:
+        mj.verify(made / "hf", certificate=tmp_path / name, progress=moments.append)
+    assert caught.value.problems[0].file == str(tmp_path / name) and not moments
+
+
+def test_progress_counts_every_byte(made):
+    moments = []
+    mj.verify(made / "hf", made / "bf16", progress=moments.append)
+    done = [moment.done_bytes for moment in moments]
+    total = sum(mj.inspect(made / name).total.nbytes for name in ("hf", "bf16"))
+    assert done == sorted(done) and done[-1] == total == moments[0].total_bytes
+
+
+def test_nothing_is_written_to_the_checkpoints(made):
+    def snapshot():
+        return {file: file.stat().st_mtime_ns for name in ("hf", "bf16") for file in Path(made / name).iterdir()}
+
+    before = snapshot()
+    mj.verify(made / "hf", made / "bf16")
+    assert snapshot() == before

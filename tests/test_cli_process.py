@@ -1,0 +1,127 @@
+"""The command line as a process: progress, streams, exit codes, interrupts, what it imports."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import folders
+import pytest
+from command_line import process, run, run_json
+
+import minimax_jax as mj
+from minimax_jax import synthetic
+from minimax_jax.cli import cli
+
+CONFIG = synthetic.config(layers=1, experts=3)
+EMBED = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("made")
+    synthetic.synthesize(root / "hf", CONFIG, shard_bytes=60_000)
+    mj.convert(root / "hf", root / "native")
+    return root
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_plain_progress_lines_go_to_stderr(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("minimax_jax.console._LINE_SECONDS", 0)
+    commands = {
+        "convert": ["convert", made / "hf", tmp_path / "out"],
+        "verify": ["verify", made / "hf"],
+        "synth": ["synth", tmp_path / "tiny"],
+    }
+    for what, command in commands.items():
+        _, stderr = run_json(*command)
+        lines = stderr.splitlines()
+        assert lines and all(line.startswith(f"{what}: ") and "GB/s" in line and "\r" not in line for line in lines)
+        assert lines[-1].startswith(f"{what}: 100%, ") and lines[-1].endswith(" 0 s left")
+
+
+def test_short_jobs_and_quiet_ones_say_nothing(made, tmp_path, monkeypatch):
+    assert run("verify", made / "hf")[1] == ""
+    monkeypatch.setattr("minimax_jax.console._LINE_SECONDS", 0)
+    assert run("verify", made / "hf", "--quiet")[1] == ""
+
+
+def test_a_terminal_gets_a_bar_and_a_pipe_the_json(made, tmp_path):
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "minimax_jax", "convert", str(made / "hf"), str(tmp_path / "out"), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, env=os.environ | {"TERM": "xterm"}) as child:
+        os.close(slave)
+        stdout = child.stdout.read()
+        screen = b""
+        while chunk := read_terminal(master):
+            screen += chunk
+    os.close(master)
+    assert child.returncode == 0 and json.loads(stdout)["destination"] == str(tmp_path / "out")
+    assert b"convert" in screen and "━".encode() in screen and b"/s" in screen
+
+
+def read_terminal(master):
+    try:
+        return os.read(master, 65536)
+    except OSError:  # the other end is closed
+        return b""
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+def test_streams_and_exit_codes_of_the_real_thing(made, tmp_path):
+    program = Path(sys.executable).with_name("minimax-jax")
+    good = process(program, "inspect", made / "hf", "--json")
+    assert good.returncode == 0 and json.loads(good.stdout)["layout"] == "hf" and good.stderr == ""
+    bad = process(sys.executable, "-m", "minimax_jax", "plan", tmp_path, "--json")
+    assert bad.returncode == 3 and json.loads(bad.stdout)["error"] == "FormatError"
+    assert bad.stderr.startswith("error: no safetensors file here\n") and "Traceback" not in bad.stderr
+    usage = process(sys.executable, "-m", "minimax_jax", "verify")
+    assert usage.returncode == 2 and usage.stdout == "" and usage.stderr.startswith("Usage: ")
+    shutil.copytree(made / "hf", tmp_path / "other")
+    folders.flip_bit(tmp_path / "other", EMBED, 5)
+    different = process(sys.executable, "-m", "minimax_jax", "verify", made / "hf", tmp_path / "other")
+    assert different.returncode == 1 and EMBED in different.stdout and different.stderr == ""
+
+
+def test_an_interrupt_exits_with_130_and_leaves_nothing(made, tmp_path):
+    code = (
+        "import os, signal\n"
+        "from minimax_jax import cli\n"
+        "from minimax_jax.jobs import run\n"
+        "copy = run._Worker.do\n"
+        "def interrupted(self, unit):\n"
+        f"    os.kill(os.getpid(), {int(signal.SIGINT)})\n"
+        "    copy(self, unit)\n"
+        "run._Worker.do = interrupted\n"
+        "cli.main()\n"
+    )
+    done = process(sys.executable, "-c", code, "convert", made / "hf", tmp_path / "out")
+    assert done.returncode == 130 and done.stdout == "" and done.stderr.startswith("interrupted")
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_help_and_version_answer_without_jax(made):
+    code = (
+        "import sys; from minimax_jax.cli import cli; "
+        "cli(sys.argv[1:], standalone_mode=False); print('jax' in sys.modules)"
+    )
+    for arguments in (["--help"], ["convert", "-h"], ["--version"], ["inspect", made / "hf"], ["plan", made / "hf"]):
+        done = process(sys.executable, "-c", code, *arguments)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False" and done.stderr == ""
+    control = process(sys.executable, "-c", code, "verify", made / "hf")
+    assert control.stdout.splitlines()[-1] == "True"
+
+
+def test_help_keeps_its_examples_on_lines_of_their_own():
+    assert "\n  minimax-jax convert m2-native m2-back --to hf-fp8 " in run("convert", "--help")[0]
+    assert "\n  minimax-jax synth whole --real --sparse " in run("synth", "--help")[0]
+    for command in cli.commands:
+        assert "--json" in run(command, "--help")[0] and "\\" not in run(command, "--help")[0]
