@@ -12,7 +12,7 @@ import click
 from minimax_jax import console
 from minimax_jax.errors import CheckpointError
 
-EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 3, 130
+EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 3, 130, 143
 
 _SIZES = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
 _SIZES |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
@@ -40,7 +40,7 @@ class Size(click.ParamType[int]):
 def cli() -> None:
     """Move MiniMax-M2 checkpoints between Hugging Face FP8, JAX and NeMo AutoModel, exact to the bit.
 
-    Exit codes: 0 good, 1 a difference was found, 2 usage, 3 bad input, 130 interrupted.
+    Exit codes: 0 good, 1 a difference was found, 2 usage, 3 bad input, 130 interrupted, 143 terminated.
     """
 
 
@@ -49,14 +49,16 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def guarded(*, as_json: bool, **options: Any) -> None:
-        try:
-            function(as_json=as_json, **options)
-        except CheckpointError as error:
-            console.show_error(error, as_json=as_json)
-            raise click.exceptions.Exit(EXIT_BAD_INPUT) from error
-        except KeyboardInterrupt as error:
-            click.echo("interrupted; nothing was left behind that looks whole", err=True)
-            raise click.exceptions.Exit(EXIT_INTERRUPTED) from error
+        with console.stoppable():
+            try:
+                function(as_json=as_json, **options)
+            except CheckpointError as error:
+                console.show_error(error, as_json=as_json)
+                raise click.exceptions.Exit(EXIT_BAD_INPUT) from error
+            except KeyboardInterrupt as error:
+                console.show_interrupt(error, as_json=as_json)
+                terminated = isinstance(error, console.Terminated)
+                raise click.exceptions.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from error
 
     with_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(guarded)
     return cli.command()(with_json)
@@ -121,9 +123,18 @@ def plan(src: Path, as_json: bool, **options: Any) -> None:
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
 @_conversion_options
+@click.option(
+    "--check",
+    type=click.Choice(["none", "sample", "all"]),
+    default="sample",
+    show_default=True,
+    help="What to read back from the disk at the end.",
+)
+@click.option("--restart", is_flag=True, help="Throw away what an unfinished run left, instead of going on with it.")
+@click.option("--distributed", is_flag=True, help="Share the work with the other processes of jax.distributed.")
 @_quiet
 def convert(src: Path, dst: Path, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Convert the checkpoint SRC into the new folder DST, streaming.
+    """Convert the checkpoint SRC into the new folder DST, streaming. The same command again goes on after a stop.
 
     \b
     minimax-jax convert MiniMax-M2 m2-native                         FP8 to bf16 grouped experts

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -40,11 +42,41 @@ def show_json(document: Any) -> None:
 
 def show_error(error: CheckpointError, *, as_json: bool) -> None:
     """Print an error on stderr; as a JSON document on stdout as well where that was asked for."""
-    click.echo(_plain(f"error: {error}"), err=True)
+    notes = getattr(error, "__notes__", [])
+    click.echo(_plain("\n".join([f"error: {error}", *notes])), err=True)
     if as_json:
         fields = ("what", "file", "key", "expected", "got", "remedy")
         problems = [{name: getattr(problem, name) for name in fields} for problem in error.problems]
-        show_json({"error": type(error).__name__, "problems": problems})
+        show_json({"error": type(error).__name__, "problems": problems, "notes": notes})
+
+
+def show_interrupt(error: KeyboardInterrupt, *, as_json: bool) -> None:
+    """Say on stderr that the command was stopped, and what is left; as a JSON document where that was asked for."""
+    notes = getattr(error, "__notes__", [])
+    click.echo(_plain("\n".join(["interrupted", *notes])), err=True)
+    if as_json:
+        show_json({"error": "Interrupted", "problems": [], "notes": notes})
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM, as schedulers do: as clean a stop as that of Ctrl-C."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """A context in which SIGTERM raises `Terminated`; in a thread other than the main one it changes nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _plain(text: str) -> str:

@@ -91,21 +91,27 @@ def test_streams_and_exit_codes_of_the_real_thing(made, tmp_path):
     assert different.returncode == 1 and EMBED in different.stdout and different.stderr == ""
 
 
-def test_an_interrupt_exits_with_130_and_leaves_nothing(made, tmp_path):
+@pytest.mark.parametrize("stop,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_exits_with_its_status_and_the_same_command_goes_on(made, tmp_path, stop, status):
     code = (
-        "import os, signal\n"
+        "import os\n"
         "from minimax_jax import cli\n"
-        "from minimax_jax.jobs import run\n"
-        "copy = run._Worker.do\n"
-        "def interrupted(self, unit):\n"
-        f"    os.kill(os.getpid(), {int(signal.SIGINT)})\n"
-        "    copy(self, unit)\n"
-        "run._Worker.do = interrupted\n"
+        "from minimax_jax.io import points\n"
+        "seen = []\n"
+        "def stop(name):\n"
+        "    seen.append(name)\n"
+        f"    len(seen) == 30 and os.kill(os.getpid(), {int(stop)})\n"
+        "points.on_reach = stop\n"
         "cli.main()\n"
     )
-    done = process(sys.executable, "-c", code, "convert", made / "hf", tmp_path / "out")
-    assert done.returncode == 130 and done.stdout == "" and done.stderr.startswith("interrupted")
-    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+    command = ("convert", made / "hf", tmp_path / "out")
+    done = process(sys.executable, "-c", code, *command, "--json")
+    assert done.returncode == status and json.loads(done.stdout)["error"] == "Interrupted"
+    assert done.stderr.startswith("interrupted\nwhat was done is kept in ") and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    run(*command, "--quiet")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    run("verify", made / "hf", tmp_path / "out", "--quiet")
 
 
 def test_help_and_version_answer_without_jax(made):

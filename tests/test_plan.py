@@ -12,7 +12,7 @@ import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.errors import JobError
 from minimax_jax.jobs import front
-from minimax_jax.jobs.plan import RUNTIME_BYTES, Convert, Copy, Target, plan
+from minimax_jax.jobs.plan import RUNTIME_BYTES, Copy, Target, plan
 from minimax_jax.jobs.report import plan_json
 from minimax_jax.jobs.source import open_source
 
@@ -48,12 +48,9 @@ def written(planned):
     """Bytes that the units write, by key."""
     found = Counter()
     for unit in planned.units:
-        if isinstance(unit, Copy):
-            found[unit.key] += unit.stop - unit.start
-        elif isinstance(unit, Convert):
-            found.update({spec.key: spec.nbytes for spec in planned.written(unit.entry)})
-        else:
-            found[unit.entry.native + "_scale_inv"] += unit.read_bytes
+        for output in planned.outputs(unit):
+            assert output.offset_bytes >= 0
+            found[output.key] += output.nbytes
     return dict(found)
 
 

@@ -120,7 +120,10 @@ def test_a_destination_that_is_taken_meanwhile_is_left_alone(source, out):
     with pytest.raises(JobError, match="renamed") as caught:
         mj.convert(source, out, progress=meddle)
     assert caught.value.problems[0].file == str(out)
-    assert folders.files(out) == {"precious": b"1"} and names(out.parent) == ["out"]
+    assert folders.files(out) == {"precious": b"1"} and names(out.parent) == [".out.partial", "out"]
+    (out / "precious").unlink()
+    mj.convert(source, out)
+    assert names(out.parent) == ["out"] and mj.verify(source, out).good
 
 
 # --- the disk and the files ------------------------------------------------------------------------------------------
@@ -131,9 +134,9 @@ def test_a_disk_that_is_too_small_stops_it_at_once(source, out, monkeypatch):
     usage = namedtuple("usage", "total used free")
     moments = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, needed - 1))
-    with pytest.raises(JobError, match="not enough disk") as caught:
+    with pytest.raises(JobError, match="not enough space") as caught:
         mj.convert(source, out, progress=moments.append)
-    assert caught.value.problems[0].expected == f"{needed:,} bytes"
+    assert caught.value.problems[0].expected == f"{needed:,} bytes needed"
     assert caught.value.problems[0].got == f"{needed - 1:,} bytes free"
     assert not moments and names(out.parent) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, needed))
@@ -157,7 +160,11 @@ def test_a_disk_that_fails_in_the_middle_leaves_nothing(source, out, monkeypatch
         run(planned, out)
     (problem,) = caught.value.problems
     assert problem.got == os.strerror(code) and problem.file and problem.file.endswith(".safetensors")
-    assert 8 < len(calls) <= 8 + 2 * workers < len(planned.units) and names(out.parent) == []
+    assert 8 < len(calls) <= 8 + 2 * workers < len(planned.units) and names(out.parent) == [".out.partial"]
+    assert "the same command goes on" in caught.value.__notes__[0]
+    monkeypatch.undo()
+    run(planned, out)
+    assert names(out.parent) == ["out"] and mj.verify(source, out).good
 
 
 def test_a_source_that_is_cut_after_planning_is_found(source, out, tmp_path):
@@ -168,11 +175,11 @@ def test_a_source_that_is_cut_after_planning_is_found(source, out, tmp_path):
         stream.truncate(victim.stat().st_size - 1)
     with pytest.raises(FormatError, match="truncated") as caught:
         run(planned, out)
-    assert caught.value.problems[0].file == str(victim) and names(out.parent) == []
+    assert caught.value.problems[0].file == str(victim) and not out.exists()
     victim.unlink()
     with pytest.raises(FormatError, match="cannot be opened") as caught:
         run(planned, out)
-    assert caught.value.problems[0].file == str(victim) and names(out.parent) == []
+    assert caught.value.problems[0].file == str(victim) and not out.exists()
 
 
 def test_a_side_file_that_is_lost_is_found_before_the_work(source, out, tmp_path):
@@ -185,13 +192,15 @@ def test_a_side_file_that_is_lost_is_found_before_the_work(source, out, tmp_path
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_interrupt_cleans_up(source, out, kind):
+def test_an_interrupted_run_goes_on(source, out, kind):
     def interrupt(moment):
         raise kind
 
     with pytest.raises(kind):
         mj.convert(source, out, progress=interrupt)
-    assert names(out.parent) == []
+    assert names(out.parent) == [".out.partial"]
+    mj.convert(source, out)
+    assert names(out.parent) == ["out"] and mj.verify(source, out).good
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -216,7 +225,7 @@ def test_nan_in_a_weight_to_be_quantised_is_named(source, out, tmp_path, to, val
     with pytest.raises(NumericError, match="NaN or infinity") as caught:
         mj.convert(tmp_path / "native", out, to=to, dtype="fp8")
     assert [problem.key for problem in caught.value.problems] == [MOE + "1.w3.weight"]
-    assert names(out.parent) == []
-    mj.convert(tmp_path / "native", out, to="hf")
+    assert not out.exists()
+    mj.convert(tmp_path / "native", out, to="hf", restart=True)
     w3 = folders.arrays(out)[MOE + "1.w3.weight"]
     assert str(w3[7, 3]) == str(value)

@@ -162,6 +162,6 @@ def test_data_reaches_the_disk_before_the_header_and_the_index_comes_last(
         writer.write("b", b"b")
         writer.finish()
     files = ["m-00001-of-00002", "m-00002-of-00002"]
-    sealed = [event for file in files for event in (f"sync {file}", f"write header {file}", f"sync {file}")]
+    steps = [f"{step} {file}" for step in ("write data", "sync", "write header", "sync") for file in files]
     index = ["sync folder", "sync ", "name m.safetensors.index.json", "sync folder"]
-    assert events == [f"write data {file}" for file in files] + sealed + index
+    assert events == steps + index

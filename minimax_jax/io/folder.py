@@ -5,73 +5,109 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from minimax_jax.errors import JobError, Problem
+from minimax_jax.io import points
 from minimax_jax.io.files import io_errors, sync_folder
 
 MARK = ".unfinished"
 """The file that says of a folder that it is ours and not whole; locked by the process that fills it."""
 
 
-@contextmanager
-def appearing(destination: str | Path) -> Iterator[Path]:
-    """A new folder to fill, `.<name>.partial` beside the destination, that takes its name when the block ends well.
+def _never(folder: Path) -> bool:
+    return False
 
-    When the block fails, the folder is removed; what a killed process left is replaced by the next one.
+
+@contextmanager
+def appearing(
+    destination: str | Path, *, worth: Callable[[Path], bool] = _never, restart: bool = False
+) -> Iterator[Path]:
+    """A folder to fill that takes its name when the block ends well.
+
+    Until then it stands in a workshop, the folder `.<name>.partial` beside the destination. When the block fails, the
+    workshop is removed, and what a killed process left is replaced by the next one, unless it is worth keeping.
 
     Args:
         destination: a folder that does not exist, or is empty; folders above it are made.
+        worth: of a workshop, whether it holds work to go on with. Then it stays when the block fails, and the next
+            block goes on with it.
+        restart: throw away what is left, worth keeping or not.
 
     Raises:
         JobError: the destination is taken, cannot be written, or another process is at work on it.
     """
     path = Path(os.path.realpath(destination))
+    workshop = workshop_of(path)
+    folder = workshop / path.name
     with io_errors(JobError, "destination cannot be written", path):
         _require_free(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = path.with_name(f".{path.name}.partial")
-        lock = _claim(folder)
+        lock = _claim(workshop)
     try:
+        if restart or not (folder.is_dir() and worth(workshop)):  # no folder: it has taken its name already
+            _empty(workshop)
+        folder.mkdir(exist_ok=True)
         yield folder
         with io_errors(JobError, "folder cannot be renamed", path):
-            (folder / MARK).unlink()
-            sync_folder(folder)
-            folder.replace(path)
-            sync_folder(path.parent)
+            _name(folder, path)
+        shutil.rmtree(workshop, ignore_errors=True)
+    except BaseException as error:
+        if worth(workshop):
+            error.add_note(f"what was done is kept in {workshop}: the same command goes on from there")
+        else:
+            shutil.rmtree(workshop, ignore_errors=True)
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def workshop_of(destination: str | Path) -> Path:
+    """The folder in which a destination stands before it takes its name."""
+    path = Path(os.path.realpath(destination))
+    return path.with_name(f".{path.name}.partial")
+
+
+def _name(folder: Path, path: Path) -> None:
+    sync_folder(folder)
+    points.reach("before the rename")
+    folder.replace(path)
+    points.reach("after the rename")
+    sync_folder(path.parent)
 
 
 def _require_free(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what, remedy = "destination exists and is not an empty folder", "choose another, or delete it"
         raise JobError(Problem(what=what, file=str(path), remedy=remedy))
+    if path.is_mount():
+        what, remedy = "destination is a mount point, which cannot be renamed", "choose a folder inside of it"
+        raise JobError(Problem(what=what, file=str(path), remedy=remedy))
 
 
-def _claim(folder: Path) -> int:
-    """Make the folder, empty and marked, and return the descriptor that holds the lock on its mark."""
-    if folder.exists():
-        _remove_left_over(folder)
-    folder.mkdir()
-    lock = os.open(folder / MARK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _claim(workshop: Path) -> int:
+    """Make the workshop, marked, or take over one that is left; the descriptor that is returned locks its mark."""
+    if workshop.exists() and not (workshop / MARK).is_file():
+        what, remedy = "a folder that is not ours stands in the way", "move it away"
+        raise JobError(Problem(what=what, file=str(workshop), remedy=remedy))
+    workshop.mkdir(exist_ok=True)
+    lock = os.open(workshop / MARK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if not isinstance(error, BlockingIOError):
+            raise
+        what, remedy = "another process is writing to this destination", "wait for it, or choose another destination"
+        raise JobError(Problem(what=what, file=str(workshop), remedy=remedy)) from error
     return lock
 
 
-def _remove_left_over(folder: Path) -> None:
-    if not (folder / MARK).is_file():
-        what, remedy = "a folder that is not ours stands in the way", "move it away"
-        raise JobError(Problem(what=what, file=str(folder), remedy=remedy))
-    lock = os.open(folder / MARK, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder)
-    except BlockingIOError as error:
-        what, remedy = "another process is writing to this destination", "wait for it, or choose another destination"
-        raise JobError(Problem(what=what, file=str(folder), remedy=remedy)) from error
-    finally:
-        os.close(lock)
+def _empty(workshop: Path) -> None:
+    for path in workshop.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 import threading
@@ -13,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minimax_jax.errors import JobError, Problem, raise_if
+from minimax_jax.io import points
 from minimax_jax.io.checkpoint import INDEX_SUFFIX
-from minimax_jax.io.files import Buffer, as_bytes, io_errors, sync_folder, write_exactly
+from minimax_jax.io.files import Buffer, as_bytes, io_errors, read_exactly, sync_folder, write_exactly
 from minimax_jax.io.handles import Handles
 from minimax_jax.io.jsonfile import shown, write_json_atomic
 from minimax_jax.io.shards import ShardLayout, index_of
 
-_CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_STAT_BLOCK_BYTES = 512  # whatever the file system's own blocks are
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 _NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 
@@ -35,28 +38,40 @@ class Writer:
         shards: what they are to hold.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[ShardLayout], *, stem: str = "model"):
+    def __init__(
+        self,
+        folder: Path,
+        shards: Sequence[ShardLayout],
+        *,
+        beside: Sequence[ShardLayout] = (),
+        stem: str = "model",
+        resume: bool = False,
+    ):
         """Create the files.
 
         Args:
             folder: an existing folder in which none of the files exists.
             shards: from `lay_out`.
-            stem: several files get an index named `<stem>.safetensors.index.json`.
+            beside: files that the index does not speak of.
+            stem: several shards get an index named `<stem>.safetensors.index.json`.
+            resume: go on with the files of a writer that did not finish; those that are missing are created. What was
+                written then counts when it is adopted.
 
         Raises:
-            JobError: a file exists, cannot be created, or does not fit on the disk; no file is left behind then.
+            JobError: a file exists, cannot be created, or does not fit on the disk; no new file is left behind then.
         """
         self.folder = folder
         self.shards = tuple(shards)
+        self._files = (*self.shards, *beside)
         self._index_file = folder / f"{stem}{INDEX_SUFFIX}" if len(self.shards) > 1 else None
         self._slots = {
             key: _Slot(key=key, file=folder / shard.file_name, start=start, nbytes=stop - start)
-            for shard in self.shards
+            for shard in self._files
             for key, (start, stop) in shard.tensors.items()
         }
         self._lock = threading.Lock()
-        self._handles = Handles(_create_file)
-        self._create()
+        self._handles = Handles(functools.partial(_open_file, flags=_FLAGS if resume else _FLAGS | os.O_EXCL))
+        self._create(resume)
 
     def __enter__(self) -> Writer:
         return self
@@ -80,16 +95,41 @@ class Writer:
             JobError: no such tensor, bytes outside of it or given before, an array that is not contiguous, a closed
                 writer, a disk that fails.
         """
-        slot = self._slots.get(key)
-        if slot is None:
-            raise JobError(Problem(what="no such tensor in the layout", file=str(self.folder), key=shown(key)))
-        view = as_bytes(data)
+        slot, view = self._slot(key), as_bytes(data)
         with self._handles.use(slot.file) as fd:
             with self._lock:
                 slot.claim(offset_bytes, offset_bytes + view.nbytes)
             write_exactly(fd, slot.file, slot.start + offset_bytes, view)
             with self._lock:
                 slot.written_bytes += view.nbytes
+
+    def adopt(self, key: str, nbytes: int, offset_bytes: int = 0) -> None:
+        """Count bytes as written that the file holds from before; raises as `write`."""
+        slot = self._slot(key)
+        with self._lock:
+            slot.claim(offset_bytes, offset_bytes + nbytes)
+            slot.written_bytes += nbytes
+
+    def read(self, key: str, nbytes: int, offset_bytes: int = 0) -> memoryview:
+        """What the file holds of a tensor, from `offset_bytes` on, as a fresh copy.
+
+        Raises:
+            JobError: no such tensor, or a closed writer.
+            FormatError: the file is shorter than it was made, or cannot be read.
+        """
+        slot, buffer = self._slot(key), memoryview(bytearray(nbytes))
+        with self._handles.use(slot.file) as fd:
+            read_exactly(fd, slot.file, slot.start + offset_bytes, buffer)
+        return buffer
+
+    def sync(self) -> None:
+        """Make what was written so far survive a power cut.
+
+        Raises:
+            JobError: a closed writer, or a disk that fails.
+        """
+        for shard in self._files:
+            self._sync(self.folder / shard.file_name)
 
     def finish(self) -> None:
         """Check that every byte was written, then make the files whole: data to disk, headers, the index last.
@@ -101,29 +141,40 @@ class Writer:
         """
         with self._lock:
             raise_if((slot.missing() for slot in self._slots.values() if slot.written_bytes < slot.nbytes), JobError)
-        for shard in self.shards:
-            self._seal(self.folder / shard.file_name, shard.header)
+        self.sync()
+        for shard in self._files:
+            points.reach("before a header")
+            file = self.folder / shard.file_name
+            with self._handles.use(file) as fd:
+                write_exactly(fd, file, 0, memoryview(shard.header))
+        self.sync()
         sync_folder(self.folder)
         if self._index_file is not None:
+            points.reach("before the index")
             write_json_atomic(self._index_file, index_of(self.shards))
         self.close()
 
-    def _seal(self, file: Path, header: bytes) -> None:
+    def _slot(self, key: str) -> _Slot:
+        if key not in self._slots:
+            raise JobError(Problem(what="no such tensor in the layout", file=str(self.folder), key=shown(key)))
+        return self._slots[key]
+
+    def _sync(self, file: Path) -> None:
         with self._handles.use(file) as fd, io_errors(JobError, "file cannot be flushed to disk", file):
             os.fsync(fd)
-            write_exactly(fd, file, 0, memoryview(header))
-            os.fsync(fd)
 
-    def _create(self) -> None:
-        if self._index_file is not None and self._index_file.exists():
+    def _create(self, resume: bool) -> None:
+        if self._index_file is not None and self._index_file.exists() and not resume:
             raise JobError(Problem(what="file exists already", file=str(self._index_file)))
-        _require_space(self.folder, self.shards)
+        _require_space(self.folder, self._files)
         with ExitStack() as undo:
             undo.callback(self.close)
-            for shard in self.shards:
+            for shard in self._files:
                 file = self.folder / shard.file_name
+                existed = file.exists()
                 with self._handles.use(file) as fd:
-                    undo.callback(file.unlink)
+                    if not existed:
+                        undo.callback(file.unlink)
                     _allocate(fd, file, shard.file_bytes)
             undo.pop_all()
 
@@ -168,15 +219,17 @@ class _Slot:
         return Problem(what=what, file=str(self.file), key=shown(self.key), expected=expected, got=got)
 
 
-def _create_file(file: Path) -> int:
+def _open_file(file: Path, *, flags: int) -> int:
     with io_errors(JobError, "file cannot be created", file):
-        return os.open(file, _CREATE_FLAGS, 0o666)
+        return os.open(file, flags, 0o666)
 
 
 def _require_space(folder: Path, shards: Sequence[ShardLayout]) -> None:
     with io_errors(JobError, "folder cannot be written to", folder):
         free = shutil.disk_usage(folder).free
-    needed = sum(shard.file_bytes for shard in shards)
+        files = (folder / shard.file_name for shard in shards)
+        allocated = sum(file.stat().st_blocks * _STAT_BLOCK_BYTES for file in files if file.exists())
+    needed = sum(shard.file_bytes for shard in shards) - allocated
     if needed > free:
         raise JobError(_no_space(folder, needed, free))
 
@@ -190,6 +243,8 @@ def _no_space(path: Path, needed: int, free: int) -> Problem:
 def _allocate(fd: int, file: Path, nbytes: int) -> None:
     with io_errors(JobError, "file cannot be given its full size", file):
         try:
+            if os.fstat(fd).st_size > nbytes:
+                os.ftruncate(fd, nbytes)
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(fd, 0, nbytes)
                 return

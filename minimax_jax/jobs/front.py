@@ -18,7 +18,7 @@ from minimax_jax.jobs.source import open_source
 from minimax_jax.progress import Progress
 
 if TYPE_CHECKING:
-    from minimax_jax.jobs.run import Report
+    from minimax_jax.jobs.run import Check, Report
     from minimax_jax.jobs.verify import Verification
 
 TARGETS = {
@@ -97,12 +97,16 @@ def convert(
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
     workers: int = DEFAULT_WORKERS,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    check: Check = "sample",
+    restart: bool = False,
+    distributed: bool = False,
     ignore: Collection[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Convert a checkpoint out of core: `plan`, then run.
 
-    The destination appears whole, by rename, or not at all. A float native output carries the block scales of an FP8
+    The destination appears whole, by rename, or not at all; the same call again goes on with what a failed or killed
+    one has done. A float native output carries the block scales of an FP8
     source in `source_scales.safetensors`, with which a later `hf-fp8` returns unchanged weights byte for byte.
 
     Args:
@@ -113,6 +117,9 @@ def convert(
         max_memory_bytes: as in `plan`.
         workers: as in `plan`.
         shard_bytes: as in `plan`.
+        check: which units to read back from the disk at the end: `none`, `sample`, `all`.
+        restart: throw away the unfinished work of an earlier run instead of going on with it.
+        distributed: share the work with the other processes of `jax.distributed`; see `jobs.team.distributed_team`.
         ignore: as in `plan`.
         progress: called as the work goes on.
 
@@ -121,7 +128,9 @@ def convert(
             NumericError where a weight to be quantised holds NaN or infinity.
     """
     from minimax_jax.jobs.run import run
+    from minimax_jax.jobs.team import SOLO, distributed_team
 
+    team = distributed_team() if distributed else SOLO
     planned = plan(
         path,
         to=to,
@@ -131,7 +140,7 @@ def convert(
         shard_bytes=shard_bytes,
         ignore=ignore,
     )
-    return run(planned, destination, progress=progress)
+    return run(planned, destination, check=check, restart=restart, team=team, progress=progress)
 
 
 def verify(

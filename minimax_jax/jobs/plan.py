@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from minimax_jax.errors import JobError, Problem, raise_if
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES, ShardLayout, TensorOut, lay_out
 from minimax_jax.jobs.source import SIDECAR_STEM, Source, batches, layout_specs, sidecar_metadata
+from minimax_jax.jobs.units import COPIES_OF_INPUT, COPIES_OF_OUTPUT, Convert, Copy, GroupScales, Output, Unit
 from minimax_jax.layout.check import Layout
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.specs import Entry, TensorSpec, total_bytes
@@ -28,9 +28,6 @@ _UNIT_BYTES = 64 * 2**20
 _LEAST_UNIT_BYTES = 2**20
 """Smaller units would be too many; a budget below this is refused."""
 
-_COPIES_OF_INPUT, _COPIES_OF_OUTPUT = 2, 3
-"""What a conversion holds at its peak: what it read and its device copy; its output and two temporaries like it."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
@@ -43,69 +40,6 @@ class Target:
 
     layout: Layout
     dtype: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Copy:
-    """A unit that copies bytes of one tensor: `[start, stop)` within the tensor."""
-
-    info: TensorInfo
-    key: str
-    start: int
-    stop: int
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes read, and bytes written."""
-        return self.stop - self.start
-
-    @property
-    def memory_bytes(self) -> int:
-        """Peak memory of the unit."""
-        return self.read_bytes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Convert:
-    """A unit that converts one entry, or some experts of it.
-
-    Attributes:
-        entry: the entry, narrowed to the experts of this unit.
-        first: the first of them.
-        read_bytes: bytes of all the tensors that are read.
-        memory_bytes: peak memory of the unit.
-    """
-
-    entry: Entry
-    first: int
-    read_bytes: int
-    memory_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupScales:
-    """A unit that groups the block scales of one entry, or of some experts of it, for the sidecar.
-
-    Attributes:
-        entry: the entry, narrowed to the experts of this unit.
-        first: the first of them.
-    """
-
-    entry: Entry
-    first: int
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of all the scales."""
-        return total_bytes(self.entry.scale_specs())
-
-    @property
-    def memory_bytes(self) -> int:
-        """Peak memory of the unit."""
-        return (_COPIES_OF_INPUT + _COPIES_OF_OUTPUT) * self.read_bytes
-
-
-Unit: TypeAlias = Copy | Convert | GroupScales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +79,18 @@ class Plan:
         """Most memory over what the process has at the start: the largest units at a time, and jax's own."""
         return RUNTIME_BYTES + sum(sorted((unit.memory_bytes for unit in self.units), reverse=True)[: self.workers])
 
-    def written(self, entry: Entry) -> Iterator[TensorSpec]:
-        """The stored tensors of an entry, or of some of its experts, in the target's form."""
-        return _written(entry, self.source, self.target)
+    def outputs(self, unit: Unit) -> tuple[Output, ...]:
+        """What a unit writes, in the order in which it does."""
+        match unit:
+            case Copy():
+                return (Output(key=unit.key, offset_bytes=unit.start, nbytes=unit.stop - unit.start),)
+            case GroupScales():
+                return (_rows_out(unit.entry.native + SCALE_SUFFIX, unit.read_bytes, unit),)
+            case Convert():
+                specs = _written(unit.entry, self.source, self.target)
+                if self.target.layout == "native":
+                    return tuple(_rows_out(spec.key, spec.nbytes, unit) for spec in specs)
+                return tuple(Output(key=spec.key, offset_bytes=0, nbytes=spec.nbytes) for spec in specs)
 
 
 def plan(
@@ -214,6 +157,11 @@ def _written(entry: Entry, source: Source, target: Target) -> Iterator[TensorSpe
     return layout_specs(entry, target.layout, _stored_dtype(entry, source, target))
 
 
+def _rows_out(key: str, nbytes: int, unit: Convert | GroupScales) -> Output:
+    """The experts of a unit in a tensor `[experts, ...]`."""
+    return Output(key=key, offset_bytes=unit.first * nbytes // unit.entry.experts, nbytes=nbytes)
+
+
 def _loses_scales(entry: Entry, source: Source, target: Target) -> bool:
     """Whether the target has no place for block scales that the source (or its sidecar) has."""
     has = source.survey.dtypes[entry.native] == "F8_E4M3" or entry.native + SCALE_SUFFIX in source.sidecar
@@ -261,7 +209,7 @@ def _pieces(info: TensorInfo, key: str, most_bytes: int) -> Iterator[Copy]:
 
 def _memory(entry: Entry, source: Source, target: Target) -> int:
     read, written = total_bytes(source.specs(entry)), total_bytes(_written(entry, source, target))
-    return _COPIES_OF_INPUT * read + _COPIES_OF_OUTPUT * written
+    return COPIES_OF_INPUT * read + COPIES_OF_OUTPUT * written
 
 
 def _out(spec: TensorSpec) -> TensorOut:

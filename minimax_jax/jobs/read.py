@@ -1,14 +1,17 @@
-"""A whole checkpoint as a tree, without reading it yet."""
+"""A checkpoint in memory: whole as a tree of views, or one leaf at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-from minimax_jax.conversion import native_leaf
+import numpy as np
+
 from minimax_jax.io.reader import Reader
-from minimax_jax.jobs.source import open_source
-from minimax_jax.leaves import Leaf
+from minimax_jax.jobs.source import Source, open_source
+from minimax_jax.layout.specs import Entry
+from minimax_jax.leaves import Leaf, load, native_leaf
 
 
 def read_tree(path: str | Path, *, ignore: Collection[str] = ()) -> dict[str, Leaf]:
@@ -31,3 +34,20 @@ def read_tree(path: str | Path, *, ignore: Collection[str] = ()) -> dict[str, Le
     if source.survey.layout == "hf":
         return dict(views)
     return {entry.native: native_leaf(entry, views) for entry in source.survey.entries}
+
+
+def read_leaf(source: Source, reader: Reader, entry: Entry, first: int, dtype: np.dtype[Any] | None = None) -> Leaf:
+    """Some experts of an entry (`first` is the first of them) as a native leaf.
+
+    `dtype` is what FP8 weights are dequantised to; None keeps them.
+    """
+    if source.survey.layout == "hf":
+        tensors = {spec.key: reader.read(source.checkpoint.tensors[spec.key]) for spec in source.specs(entry)}
+        return load(entry, tensors, dtype)
+    infos, rows = source.checkpoint.tensors, rows_of(entry, first)
+    return native_leaf(entry, {spec.key: reader.read(infos[spec.key], *rows) for spec in source.specs(entry)})
+
+
+def rows_of(entry: Entry, first: int) -> tuple[int, int] | tuple[None, None]:
+    """The rows of a native tensor that hold some experts of an entry; all of one that does not group."""
+    return (first, first + entry.experts) if entry.row.grouped else (None, None)

@@ -1,39 +1,39 @@
-"""Runs a plan: reads, converts and writes units on several threads, inside the plan's memory."""
+"""Runs a plan on several threads, inside its memory; goes on where an earlier run of it stopped."""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import json
 import shutil
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Literal, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
-from minimax_jax.dtypes import DTYPES
-from minimax_jax.errors import JobError, Problem
+from minimax_jax.errors import FormatError, JobError, Problem, raise_if
 from minimax_jax.io.checkpoint import side_files
 from minimax_jax.io.files import io_errors
-from minimax_jax.io.folder import appearing
+from minimax_jax.io.folder import appearing, workshop_of
+from minimax_jax.io.journal import Journal, has_records, read_journals
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.reader import Reader
 from minimax_jax.io.writer import Writer
-from minimax_jax.jobs.heap import give_back
-from minimax_jax.jobs.plan import Convert, Copy, GroupScales, Plan, Unit
-from minimax_jax.jobs.quantize import quantize_leaf
-from minimax_jax.jobs.source import SIDECAR_STEM, Source
-from minimax_jax.layout.specs import Entry
-from minimax_jax.layout.table import SCALE_SUFFIX
-from minimax_jax.leaves import Leaf, emit, group_scales, load, native_leaf, recast
-from minimax_jax.ops.checks import Array
-from minimax_jax.ops.scaled import BlockScaled
+from minimax_jax.jobs.plan import Plan
+from minimax_jax.jobs.team import SOLO, Team
+from minimax_jax.jobs.units import Unit
+from minimax_jax.jobs.worker import FRESH, KEPT, UNIT, Record, Worker, is_record
 from minimax_jax.progress import Progress, Ticker
 
-HostArray: TypeAlias = npt.NDArray[Any]
+Check: TypeAlias = Literal["none", "sample", "all"]
+
+_SAMPLE = 16
+"""One unit in so many is read back in a check of a sample."""
+
+_SYNC_BYTES = 2**30
+"""Most bytes of input whose work a power cut may undo."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,135 +59,132 @@ class Report:
     fresh_scales: tuple[str, ...]
 
 
-def run(plan: Plan, destination: str | Path, *, progress: Callable[[Progress], None] | None = None) -> Report:
+def run(
+    plan: Plan,
+    destination: str | Path,
+    *,
+    check: Check = "sample",
+    restart: bool = False,
+    team: Team = SOLO,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
     """Run a plan. The destination appears whole, by rename, or not at all.
+
+    When it fails or is killed, what was done is kept beside the destination, and the same job goes on from there: what
+    its journal names is read back, and done again where it is not what it was.
 
     Args:
         plan: what to do.
         destination: a folder that does not exist yet, or is empty.
+        check: which units to read back from the disk before the destination takes its name.
+        restart: throw away what an earlier run left, instead of going on with it.
+        team: the processes that share the work; all of them call this with the same arguments.
         progress: called on the calling thread after each unit.
 
     Raises:
-        JobError: the destination is taken, the disk too small, a write failed.
+        JobError: the destination is taken, the disk too small, a write failed; the unfinished work of another job
+            stands in the way; what was read back is not what was written.
         FormatError: the source changed or ends too early while it is read.
         NumericError: a weight to be quantised holds NaN or infinity.
     """
     ticker = Ticker(plan.read_bytes, progress)
-    with appearing(destination) as folder:
-        _require_disk(folder, plan.write_bytes)
-        _copy_side_files(plan, folder)
-        write_json_atomic(folder / "config.json", plan.config.to_dict())
-        with contextlib.ExitStack() as stack:
-            worker = _Worker(plan, folder, stack)
-            pool = stack.enter_context(ThreadPoolExecutor(plan.workers, thread_name_prefix="convert"))
-            stack.callback(pool.shutdown, cancel_futures=True)  # the first error stops the rest
-            futures = {pool.submit(worker.do, unit): unit.read_bytes for unit in plan.units}
-            for future in as_completed(futures):
-                future.result()
-                ticker.tick(futures[future])
-            worker.finish()
+    stamp = dict(_stamp(plan))
+    with _folder(destination, team, restart=restart) as folder, ExitStack() as stack:
+        if team.leads:
+            _copy_side_files(plan, folder)
+        team.wait("folder")
+        found = _records(folder, stamp)
+        team.wait("journals")
+        with Journal(folder.parent, stamp, process=team.index) as journal:
+            reader = stack.enter_context(Reader(plan.source.readable))
+            writer = stack.enter_context(Writer(folder, plan.shards, beside=plan.sidecar, resume=True))
+            worker = Worker(plan, reader, writer, journal, found)
+            _work(worker, plan.units[team.index :: team.count], ticker)
+        team.wait("units")
+        if team.leads:
+            _finish(worker, folder, stamp, check)
+    team.wait("name")
+    return _report(plan, Path(destination), ticker.seconds, worker.records)
+
+
+def _folder(destination: str | Path, team: Team, *, restart: bool) -> AbstractContextManager[Path]:
+    """The folder to fill; the leader of a team makes it and gives it its name."""
+    if team.leads:
+        return appearing(destination, worth=has_records, restart=restart)
+    return team.follow(workshop_of(destination) / Path(destination).resolve().name)
+
+
+def _work(worker: Worker, units: Sequence[Unit], ticker: Ticker) -> None:
+    """Do units on the plan's threads; the first error stops the rest."""
+    unsaved_bytes = 0
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(worker.plan.workers, thread_name_prefix="convert"))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        futures = {pool.submit(worker.do, unit): unit.read_bytes for unit in units}
+        for future in as_completed(futures):
+            future.result()
+            ticker.tick(futures[future])
+            unsaved_bytes += futures[future]
+            if unsaved_bytes >= _SYNC_BYTES:
+                unsaved_bytes = 0
+                worker.writer.sync()
+                worker.journal.sync()
+
+
+def _finish(worker: Worker, folder: Path, stamp: Mapping[str, str], check: Check) -> None:
+    """Make the files whole once all units are done, by whomever; what makes a folder a checkpoint comes last."""
+    plan = worker.plan
+    noted = _records(folder, stamp)
+    for unit in plan.units:
+        name = worker.name(unit)
+        if name not in worker.records and name in noted:
+            worker.adopt(unit, noted[name])
+    worker.writer.sync()
+    checked = {"none": plan.units[:0], "sample": plan.units[::_SAMPLE], "all": plan.units}[check]
+    raise_if(_untrue(worker, checked), JobError)
+    worker.writer.finish()
+    write_json_atomic(folder / "config.json", plan.config.to_dict())
+
+
+def _records(folder: Path, stamp: Mapping[str, str]) -> dict[str, Record]:
+    """What the journals beside a folder say, by the name of the unit; the last word counts."""
+    return {record[UNIT]: record for record in read_journals(folder.parent, stamp) if is_record(record)}
+
+
+def _untrue(worker: Worker, units: Sequence[Unit]) -> Iterator[Problem]:
+    for unit in units:
+        name = worker.name(unit)
+        if not worker.holds(unit, worker.records[name]):
+            what, remedy = "the disk does not hold what was written", "check the disk, then run the same command again"
+            yield Problem(what=what, file=str(worker.writer.folder), key=name, remedy=remedy)
+
+
+def _stamp(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What must be the same for a job to go on with the work of another."""
+    yield "version", version("minimax_jax")
+    yield "target", f"{plan.target.layout} {plan.target.dtype}"
+    yield "config", _sha256(json.dumps(plan.config.to_dict(), sort_keys=True).encode())
+    yield "division into files", _sha256(b"".join(shard.header for shard in (*plan.shards, *plan.sidecar)))
+    for file in plan.source.readable.files:
+        with io_errors(FormatError, "file cannot be opened", file):
+            status = file.stat()
+        yield f"source file {file}", f"{status.st_size:,} bytes of {status.st_mtime_ns}"
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _report(plan: Plan, destination: Path, seconds: float, records: Mapping[str, Record]) -> Report:
     return Report(
-        destination=Path(destination),
+        destination=destination,
         tensors=sum(len(shard.tensors) for shard in plan.shards),
         read_bytes=plan.read_bytes,
         written_bytes=plan.write_bytes,
-        seconds=ticker.seconds,
-        kept_scales=worker.kept_scales,
-        fresh_scales=tuple(sorted(worker.fresh_scales)),
+        seconds=seconds,
+        kept_scales=sum(record[KEPT] for record in records.values()),
+        fresh_scales=tuple(sorted(key for record in records.values() for key in record[FRESH])),
     )
-
-
-def read_leaf(source: Source, reader: Reader, entry: Entry, first: int, dtype: np.dtype[Any] | None = None) -> Leaf:
-    """Some experts of an entry (`first` is the first of them) as a native leaf.
-
-    `dtype` is what FP8 weights are dequantised to; None keeps them.
-    """
-    if source.survey.layout == "hf":
-        tensors = {spec.key: reader.read(source.checkpoint.tensors[spec.key]) for spec in source.specs(entry)}
-        return load(entry, tensors, dtype)
-    infos, rows = source.checkpoint.tensors, _rows(entry, first)
-    return native_leaf(entry, {spec.key: reader.read(infos[spec.key], *rows) for spec in source.specs(entry)})
-
-
-def _rows(entry: Entry, first: int) -> tuple[int, int] | tuple[None, None]:
-    """The rows of a native tensor that hold some experts of an entry; all of one that does not group."""
-    return (first, first + entry.experts) if entry.row.grouped else (None, None)
-
-
-class _Worker:
-    """Executes units; safe to call from several threads."""
-
-    def __init__(self, plan: Plan, folder: Path, stack: contextlib.ExitStack):
-        self.plan = plan
-        self.reader = stack.enter_context(Reader(plan.source.readable))
-        outputs = [(plan.sidecar, SIDECAR_STEM), (plan.shards, "model")]
-        self.writers = [stack.enter_context(Writer(folder, shards, stem=stem)) for shards, stem in outputs if shards]
-        self.writer_of = {key: writer for writer in self.writers for shard in writer.shards for key in shard.tensors}
-        self.kept_scales = 0
-        self.fresh_scales: list[str] = []
-        self._lock = threading.Lock()
-
-    def do(self, unit: Unit) -> None:
-        """Read, convert and write one unit."""
-        match unit:
-            case Copy():
-                self._copy(unit)
-            case Convert():
-                self._convert(unit)
-            case GroupScales():
-                self._group_scales(unit)
-        give_back(unit.memory_bytes)
-
-    def finish(self) -> None:
-        """Make the files whole."""
-        for writer in self.writers:
-            writer.finish()
-
-    def _copy(self, unit: Copy) -> None:
-        buffer = np.empty(unit.read_bytes, np.uint8)
-        self.reader.read_into(unit.info.file, unit.info.start + unit.start, buffer)
-        self._write(unit.key, buffer, unit.start)
-
-    def _convert(self, unit: Convert) -> None:
-        entry, target = unit.entry, self.plan.target
-        keep = target.layout == "hf" or target.dtype == "F8_E4M3"
-        dtype = DTYPES[target.dtype]
-        leaf = read_leaf(self.plan.source, self.reader, entry, unit.first, None if keep else dtype)
-        if target.dtype == "F8_E4M3" and not isinstance(leaf, BlockScaled):
-            leaf = self._quantize(unit, leaf)
-        out = (emit if target.layout == "hf" else recast)(entry, leaf, dtype)
-        for spec in self.plan.written(entry):
-            offset_bytes = unit.first * spec.nbytes // entry.experts if target.layout == "native" else 0
-            self._write(spec.key, np.asarray(out[spec.key]), offset_bytes)
-
-    def _quantize(self, unit: Convert, leaf: Array) -> BlockScaled:
-        scaled, kept = quantize_leaf(unit.entry, leaf, self._source_scales(unit))
-        with self._lock:
-            self.kept_scales += sum(kept.values())
-            self.fresh_scales += [key for key, same in kept.items() if not same]
-        return scaled
-
-    def _group_scales(self, unit: GroupScales) -> None:
-        entry, infos = unit.entry, self.plan.source.checkpoint.tensors
-        scales = {spec.key: self.reader.read(infos[spec.key]) for spec in entry.scale_specs()}
-        grouped = np.asarray(group_scales(entry, scales))
-        self._write(entry.native + SCALE_SUFFIX, grouped, unit.first * grouped.nbytes // entry.experts)
-
-    def _source_scales(self, unit: Convert) -> HostArray | None:
-        info = self.plan.source.sidecar.get(unit.entry.native + SCALE_SUFFIX)
-        return None if info is None else self.reader.read(info, *_rows(unit.entry, unit.first))
-
-    def _write(self, key: str, data: HostArray, offset_bytes: int) -> None:
-        self.writer_of[key].write(key, data, offset_bytes)
-
-
-def _require_disk(folder: Path, needed_bytes: int) -> None:
-    with io_errors(JobError, "free disk cannot be told", folder):
-        free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        expected, got = f"{needed_bytes:,} bytes", f"{free_bytes:,} bytes free"
-        what, remedy = "not enough disk", "free some space, or choose a destination on another disk"
-        raise JobError(Problem(what=what, file=str(folder.parent), expected=expected, got=got, remedy=remedy))
 
 
 def _copy_side_files(plan: Plan, folder: Path) -> None:

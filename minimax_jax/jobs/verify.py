@@ -25,7 +25,7 @@ from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.compare import Array, Comparison, Relation, Weight, bytes_of, compare, merge
 from minimax_jax.jobs.heap import give_back
 from minimax_jax.jobs.plan import require_workers
-from minimax_jax.jobs.run import read_leaf
+from minimax_jax.jobs.read import read_leaf
 from minimax_jax.jobs.source import Source, batches
 from minimax_jax.layout.check import Layout
 from minimax_jax.layout.specs import Entry, total_bytes

@@ -1,0 +1,119 @@
+"""Executes the units of a plan: reads, converts, writes, and notes what is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from minimax_jax.dtypes import DTYPES
+from minimax_jax.errors import JobError, Problem
+from minimax_jax.io import points
+from minimax_jax.io.journal import Journal, digest
+from minimax_jax.io.reader import Reader
+from minimax_jax.io.writer import Writer
+from minimax_jax.jobs.heap import give_back
+from minimax_jax.jobs.plan import Plan
+from minimax_jax.jobs.quantize import quantize_leaf
+from minimax_jax.jobs.read import read_leaf, rows_of
+from minimax_jax.jobs.units import Convert, Copy, GroupScales, Unit
+from minimax_jax.layout.table import SCALE_SUFFIX
+from minimax_jax.leaves import emit, group_scales, recast
+from minimax_jax.ops.scaled import BlockScaled
+
+HostArray: TypeAlias = npt.NDArray[Any]
+Record: TypeAlias = Mapping[str, Any]
+"""What the journal says of a finished unit: its name, the digest of what it wrote, and of weights that it quantised,
+how many kept their source scales and the names of those that did not."""
+
+UNIT, DIGEST, KEPT, FRESH = "unit", "xxh3_128", "kept_scales", "fresh_scales"
+
+
+def is_record(found: Mapping[str, Any]) -> bool:
+    """Whether a line of a journal is a record."""
+    kinds = {UNIT: str, DIGEST: str, KEPT: int, FRESH: list}
+    return all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+
+
+class Worker:
+    """Executes units; safe to call from several threads.
+
+    Attributes:
+        records: what is done, by the name of the unit.
+    """
+
+    def __init__(self, plan: Plan, reader: Reader, writer: Writer, journal: Journal, found: Mapping[str, Record]):
+        """Ready to work; `found` are the records of an earlier process, which count only where they prove true."""
+        self.plan, self.reader, self.writer, self.journal = plan, reader, writer, journal
+        self.records: dict[str, Record] = {}
+        self._found = found
+
+    def do(self, unit: Unit) -> None:
+        """Do one unit, or find it done."""
+        name = self.name(unit)
+        record = self._found.get(name)
+        if record is not None and self.holds(unit, record):
+            self.adopt(unit, record)
+        else:
+            self.records[name] = self._make(unit, name)
+        give_back(unit.memory_bytes)
+
+    def name(self, unit: Unit) -> str:
+        """What the journal calls a unit: where its output begins, and how much it is."""
+        outputs = self.plan.outputs(unit)
+        return f"{outputs[0].key} {outputs[0].offset_bytes}+{sum(out.nbytes for out in outputs)}"
+
+    def holds(self, unit: Unit, record: Record) -> bool:
+        """Whether the output files hold what a record says; they are read for it."""
+        written = (self.writer.read(out.key, out.nbytes, out.offset_bytes) for out in self.plan.outputs(unit))
+        return digest(written) == record.get(DIGEST)
+
+    def adopt(self, unit: Unit, record: Record) -> None:
+        """Count a unit as done that this process did not do."""
+        for out in self.plan.outputs(unit):
+            self.writer.adopt(out.key, out.nbytes, out.offset_bytes)
+        self.records[self.name(unit)] = record
+
+    def _make(self, unit: Unit, name: str) -> Record:
+        fresh: list[str] = []
+        kept: list[str] = []
+        arrays = list(self._arrays(unit, kept, fresh))
+        for out, array in zip(self.plan.outputs(unit), arrays, strict=True):
+            points.reach("before a write")
+            if array.nbytes != out.nbytes:
+                raise JobError(Problem(what="output of another size than planned", key=out.key))
+            self.writer.write(out.key, array, out.offset_bytes)
+        record = {UNIT: name, DIGEST: digest(arrays), KEPT: len(kept), FRESH: fresh}
+        self.journal.note(record)
+        return record
+
+    def _arrays(self, unit: Unit, kept: list[str], fresh: list[str]) -> Iterator[HostArray]:
+        match unit:
+            case Copy():
+                buffer = np.empty(unit.read_bytes, np.uint8)
+                self.reader.read_into(unit.info.file, unit.info.start + unit.start, buffer)
+                yield buffer
+            case GroupScales():
+                infos = self.plan.source.checkpoint.tensors
+                scales = {spec.key: self.reader.read(infos[spec.key]) for spec in unit.entry.scale_specs()}
+                yield np.asarray(group_scales(unit.entry, scales))
+            case Convert():
+                yield from self._convert(unit, kept, fresh)
+
+    def _convert(self, unit: Convert, kept: list[str], fresh: list[str]) -> Iterator[HostArray]:
+        entry, target = unit.entry, self.plan.target
+        keep = target.layout == "hf" or target.dtype == "F8_E4M3"
+        dtype = DTYPES[target.dtype]
+        leaf = read_leaf(self.plan.source, self.reader, entry, unit.first, None if keep else dtype)
+        if target.dtype == "F8_E4M3" and not isinstance(leaf, BlockScaled):
+            leaf, same = quantize_leaf(entry, leaf, self._source_scales(unit))
+            for key, held in same.items():
+                (kept if held else fresh).append(key)
+        out = (emit if target.layout == "hf" else recast)(entry, leaf, dtype)
+        yield from (np.asarray(out[written.key]) for written in self.plan.outputs(unit))
+
+    def _source_scales(self, unit: Convert) -> HostArray | None:
+        info = self.plan.source.sidecar.get(unit.entry.native + SCALE_SUFFIX)
+        return None if info is None else self.reader.read(info, *rows_of(unit.entry, unit.first))
