@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import click
 
 from minimax_jax import console
 from minimax_jax.errors import CheckpointError
+from minimax_jax.jobs.streamed import streamed_targets
 
 EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 3, 130, 143
 
@@ -78,16 +79,17 @@ def _fitting(context: click.Context, parameter: click.Parameter, dtype: str | No
     """`--dtype`, which must not contradict `--to`."""
     from minimax_jax.jobs import front
 
+    to = context.params["to"]
     try:
-        front.target(context.params["to"], dtype)
+        front.target("native" if to in streamed_targets() else to, dtype)
     except CheckpointError as error:
         raise click.BadParameter(str(error), context, parameter) from error
     return dtype
 
 
-def _conversion_options(function: Callable[..., None]) -> Callable[..., None]:
+def _conversion_options(function: Callable[..., None], *, targets: Sequence[str] = _TARGETS) -> Callable[..., None]:
     options = (
-        click.option("--to", type=click.Choice(_TARGETS), default="native", show_default=True, is_eager=True),
+        click.option("--to", type=click.Choice(targets), default="native", show_default=True, is_eager=True),
         click.option("--dtype", type=click.Choice(_DTYPES), callback=_fitting, help="Of the block-scaled weights."),
         click.option("--max-memory", "max_memory_bytes", type=Size(), default="4GiB", show_default=True),
         click.option("--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True),
@@ -122,7 +124,7 @@ def plan(src: Path, as_json: bool, **options: Any) -> None:
 @_command
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
-@_conversion_options
+@functools.partial(_conversion_options, targets=[*_TARGETS, *streamed_targets()])
 @click.option(
     "--check",
     type=click.Choice(["none", "sample", "all"]),

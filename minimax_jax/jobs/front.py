@@ -15,6 +15,7 @@ from minimax_jax.jobs import inspect as inspecting
 from minimax_jax.jobs import plan as planning
 from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS, Plan, Target
 from minimax_jax.jobs.source import open_source
+from minimax_jax.jobs.streamed import streamed_targets
 from minimax_jax.progress import Progress
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def convert(
     Args:
         path: the checkpoint to convert.
         destination: a folder that does not exist yet, or is empty.
-        to: as in `plan`.
+        to: as in `plan`; or `orbax`, `dcp`: native in the files of Orbax or of torch.distributed.checkpoint. Those know
+            neither shards nor resuming.
         dtype: as in `plan`.
         max_memory_bytes: as in `plan`.
         workers: as in `plan`.
@@ -127,6 +129,11 @@ def convert(
         CheckpointError: as `plan`; JobError where the destination is taken, the disk too small, or a write fails;
             NumericError where a weight to be quantised holds NaN or infinity.
     """
+    if to in streamed_targets():
+        write: Callable[..., Report] = streamed_targets()[to].load()
+        source, stored = open_source(path, ignore=ignore), target("native", dtype).dtype
+        budget = {"max_memory_bytes": max_memory_bytes, "workers": workers}
+        return write(source, Path(destination), dtype=stored, progress=progress, **budget)
     from minimax_jax.jobs.run import run
     from minimax_jax.jobs.team import SOLO, distributed_team
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from minimax_jax.errors import JobError, Problem
 
 
 def _go_on(name: str) -> None:
@@ -43,8 +46,8 @@ SOLO = Team()
 def distributed_team() -> Team:
     """The processes of `jax.distributed`, which is initialised if it is not yet.
 
-    Its own means tell who takes part: the launcher (Slurm, MPI, GKE, Cloud TPU), or `JAX_COORDINATOR_ADDRESS`,
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+    Its own means tell who takes part: the launcher (Slurm, MPI, GKE, Cloud TPU). Without a launcher, these variables
+    do: `JAX_COORDINATOR_ADDRESS`, which jax reads, and `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, which are passed on.
 
     Raises:
         JobError: they tell nothing.
@@ -52,11 +55,10 @@ def distributed_team() -> Team:
     import jax
     from jax.experimental import multihost_utils
 
-    from minimax_jax.errors import JobError, Problem
-
     if not jax.distributed.is_initialized():
+        count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(num_processes=_number(count), process_id=_number(index))
         except (ValueError, RuntimeError) as error:
             remedy = (
                 "start it under Slurm, MPI or GKE, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
@@ -64,3 +66,7 @@ def distributed_team() -> Team:
             problem = Problem(what="no group of processes can be formed", got=str(error), remedy=remedy)
             raise JobError(problem) from error
     return Team(index=jax.process_index(), count=jax.process_count(), wait=multihost_utils.sync_global_devices)
+
+
+def _number(text: str | None) -> int | None:
+    return None if text is None else int(text)

@@ -1,0 +1,96 @@
+"""Several processes that share one conversion, under jax.distributed on this machine."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import folders
+import pytest
+
+import minimax_jax as mj
+from minimax_jax import synthetic
+from minimax_jax.io.folder import workshop_of
+from minimax_jax.io.journal import journals
+
+SECONDS = 100
+MEMBER = """
+import os, sys
+from minimax_jax import cli
+from minimax_jax.io import points
+die_after = int(sys.argv.pop(1))
+seen = []
+def die(name):
+    if name == "after the journal":
+        seen.append(name)
+        if len(seen) == die_after:
+            os.kill(os.getpid(), 9)
+points.on_reach = die
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "hf"
+    synthetic.synthesize(folder, synthetic.config(layers=2, experts=6), shard_bytes=50_000)
+    return folder
+
+
+def together(count, *command, die_after=None):
+    """Run a command in `count` processes that know of each other; the statuses they end with and what they said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PLATFORMS": "cpu"}
+    deaths = die_after or {}
+    members = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEMBER, str(deaths.get(index, -1)), *map(str, command)],
+            env={**os.environ, **shared, "JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    if deaths:  # the others would wait for it until the coordinator misses its heartbeat
+        members[next(iter(deaths))].wait(SECONDS)
+        for member in members:
+            member.kill()
+    said = [member.communicate(timeout=SECONDS) for member in members]
+    return [member.returncode for member in members], said
+
+
+def test_processes_share_a_conversion_and_end_in_the_same_bytes(source, tmp_path):
+    command = ("convert", source, tmp_path / "out", "--distributed", "--shard-size", "300KB", "--json")
+    statuses, said = together(3, *command)
+    assert statuses == [0, 0, 0], said
+    mj.convert(source, tmp_path / "alone", shard_bytes=300_000)
+    assert folders.files(tmp_path / "out") == folders.files(tmp_path / "alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
+
+
+def test_the_loss_of_a_process_is_survived_by_the_same_command(source, tmp_path):
+    command = ("convert", source, tmp_path / "out", "--distributed", "--shard-size", "300KB", "--json")
+    statuses, said = together(2, *command, die_after={1: 5})
+    assert statuses[1] == -signal.SIGKILL, said
+    assert not (tmp_path / "out").exists() and len(journals(workshop_of(tmp_path / "out"))) == 2
+    statuses, said = together(2, *command)
+    assert statuses == [0, 0], said
+    mj.convert(source, tmp_path / "alone", shard_bytes=300_000)
+    assert folders.files(tmp_path / "out") == folders.files(tmp_path / "alone")
+
+
+def test_without_a_group_it_is_refused_in_words(source, tmp_path, monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "minimax_jax", "convert", source, tmp_path / "out", "--distributed"],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 3 and "JAX_COORDINATOR_ADDRESS" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
