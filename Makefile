@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test lint examples bench clean
+.PHONY: demo test lint examples bench aot reliability fuzz clean
 
 demo: .venv/base
 	rm -rf demo
@@ -23,6 +23,30 @@ examples: .venv/test
 
 bench: .venv/test
 	$(BIN)/python benchmarks/convert.py $(BENCH_FLAGS)
+
+# The compilers go into a folder of their own: jax takes every plugin that it finds for a device that is there. The CUDA
+# plugin has to be of jax's version; a newer libtpu than jax asks for compiles the codec to a third of the traffic.
+aot: .venv/base build/aot
+	PYTHONPATH=$(CURDIR)/build/aot $(BIN)/python -m benchmarks.aot $(AOT_FLAGS)
+
+build/aot: pyproject.toml
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ "libtpu==0.0.52" nvidia-cuda-nvcc-cu12 \
+		$$($(BIN)/python -c 'import jax; [print(f"jax-cuda12-{name}=={jax.__version__}") for name in ("plugin", "pjrt")]')
+	touch $@
+
+reliability: .venv/base
+	$(BIN)/python benchmarks/reliability.py --output docs/reliability.md $(RELIABILITY_FLAGS)
+
+# Guided by coverage, FUZZ_SECONDS for each parser; what it finds lies in build/fuzz. atheris runs on Linux, Python 3.11
+# to 3.13.
+FUZZ_SECONDS ?= 10
+FUZZ_TARGETS := header index config journal sidecar certificate
+
+fuzz: .venv/test
+	$(BIN)/pip install --quiet "atheris>=3.0"
+	for target in $(FUZZ_TARGETS); do mkdir -p build/fuzz/$$target && JAX_PLATFORMS=cpu $(BIN)/python \
+		tests/fuzz/fuzz_parsers.py $$target build/fuzz/$$target tests/fuzz/corpus/$$target -timeout=20 \
+		-max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -artifact_prefix=build/fuzz/ || exit 1; done
 
 clean:
 	rm -rf .venv demo

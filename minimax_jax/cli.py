@@ -65,7 +65,18 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     return cli.command()(with_json)
 
 
+class Place(click.ParamType[str | Path]):
+    """A path of this machine, or a URL such as `hf://org/name`, which a path would take a slash from."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
+        """The URL as text, all else as a path."""
+        return value if isinstance(value, Path) or "://" in value else Path(value)
+
+
 _PATH = click.Path(path_type=Path)
+_PLACE = Place()
 _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 _ignore = click.option(
     "--ignore-attribute", "ignore", multiple=True, metavar="NAME", help="An unknown attribute of config.json to ignore."
@@ -87,6 +98,18 @@ def _fitting(context: click.Context, parameter: click.Parameter, dtype: str | No
     return dtype
 
 
+def _sample(context: click.Context, parameter: click.Parameter, sample: str | None) -> str | None:
+    """`--sample`, which must be a share or a number."""
+    from minimax_jax.jobs.sample import require_sample
+
+    try:
+        if sample is not None:
+            require_sample(sample)
+    except CheckpointError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+    return sample
+
+
 def _conversion_options(function: Callable[..., None], *, targets: Sequence[str] = _TARGETS) -> Callable[..., None]:
     options = (
         click.option("--to", type=click.Choice(targets), default="native", show_default=True, is_eager=True),
@@ -100,9 +123,9 @@ def _conversion_options(function: Callable[..., None], *, targets: Sequence[str]
 
 
 @_command
-@click.argument("path", type=_PATH)
+@click.argument("path", type=_PLACE)
 @_ignore
-def inspect(path: Path, ignore: tuple[str, ...], as_json: bool) -> None:
+def inspect(path: str | Path, ignore: tuple[str, ...], as_json: bool) -> None:
     """What a checkpoint is, from its headers; all that is wrong with it otherwise."""
     from minimax_jax.jobs import front, report
 
@@ -111,9 +134,9 @@ def inspect(path: Path, ignore: tuple[str, ...], as_json: bool) -> None:
 
 
 @_command
-@click.argument("src", type=_PATH)
+@click.argument("src", type=_PLACE)
 @_conversion_options
-def plan(src: Path, as_json: bool, **options: Any) -> None:
+def plan(src: str | Path, as_json: bool, **options: Any) -> None:
     """What a conversion would read and write, and the memory it needs; nothing is written."""
     from minimax_jax.jobs import front, report
 
@@ -122,7 +145,7 @@ def plan(src: Path, as_json: bool, **options: Any) -> None:
 
 
 @_command
-@click.argument("src", type=_PATH)
+@click.argument("src", type=_PLACE)
 @click.argument("dst", type=_PATH)
 @functools.partial(_conversion_options, targets=[*_TARGETS, *streamed_targets()])
 @click.option(
@@ -135,7 +158,7 @@ def plan(src: Path, as_json: bool, **options: Any) -> None:
 @click.option("--restart", is_flag=True, help="Throw away what an unfinished run left, instead of going on with it.")
 @click.option("--distributed", is_flag=True, help="Share the work with the other processes of jax.distributed.")
 @_quiet
-def convert(src: Path, dst: Path, quiet: bool, as_json: bool, **options: Any) -> None:
+def convert(src: str | Path, dst: Path, quiet: bool, as_json: bool, **options: Any) -> None:
     """Convert the checkpoint SRC into the new folder DST, streaming. The same command again goes on after a stop.
 
     \b
@@ -151,22 +174,26 @@ def convert(src: Path, dst: Path, quiet: bool, as_json: bool, **options: Any) ->
 
 
 @_command
-@click.argument("first", type=_PATH)
-@click.argument("second", type=_PATH, required=False)
+@click.argument("first", type=_PLACE)
+@click.argument("second", type=_PLACE, required=False)
 @click.option("--by", type=click.Choice(["value", "bytes"]), default="value", show_default=True)
-@click.option("-o", "--output", "certificate", type=_PATH, help="Write the certificate to this file.")
+@click.option("--sample", callback=_sample, metavar="N%|N", help="Look at a part only, always the same.")
+@click.option("--certificate", type=_PATH, help="Hold FIRST against this certificate, byte for byte.")
+@click.option("-o", "--output", type=_PATH, help="Write the certificate to this file.")
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads.")
 @_ignore
 @_quiet
-def verify(first: Path, second: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:
+def verify(first: str | Path, second: str | Path | None, quiet: bool, as_json: bool, **options: Any) -> None:
     """Compare two checkpoints, in any two layouts, and certify every tensor; or digest one.
 
     By value, FP8 weights are dequantised and compared in the less precise dtype of the two; by bytes, dtypes, codes and
-    scales must be the same. Exits with 1 on a difference.
+    scales must be the same. An earlier certificate tells any bit that has changed since. Exits with 1 on a difference.
     """
     from minimax_jax.jobs import front, report
     from minimax_jax.jobs.certificate import certificate
 
+    if second is not None and options["certificate"] is not None:
+        raise click.UsageError("--certificate takes one checkpoint")
     with console.progress("verify", quiet=quiet) as listener:
         seen = front.verify(first, second, progress=listener, **options)
     console.show_json(certificate(seen)) if as_json else console.show(report.verification_view(seen))
@@ -209,6 +236,43 @@ def synth(
         synthetic.synthesize(dst, config, scaled=front.STORED[dtype], progress=listener, **options)
     seen = front.inspect(dst)
     console.show_json(report.inspection_json(seen)) if as_json else console.show(report.inspection_view(seen))
+
+
+class Ids(click.ParamType[tuple[int, ...]]):
+    """Token ids such as `1,2,3`."""
+
+    name = "ids"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The ids."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(text) for text in value.replace(",", " ").split())
+        except ValueError:
+            return self.fail(f"{value!r} is not a list of token ids such as 1,2,3", param, ctx)
+
+
+@_command
+@click.argument("path", type=_PLACE)
+@click.option("--prompt-ids", "prompts", type=Ids(), multiple=True, required=True, help="Once for each prompt.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--dtype", type=click.Choice(_DTYPES), default="fp8", show_default=True, help="Of weights on the device.")
+@_ignore
+@_quiet
+def generate(path: str | Path, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Continue prompts of token ids with the model in PATH, over all devices of this machine: a smoke test.
+
+    \b
+    minimax-jax generate m2-native --prompt-ids 1,2,3 --prompt-ids 7,8
+    """  # noqa: D301 - click wants the character, not the escape
+    from minimax_jax.models.smoke import smoke_test
+
+    with console.progress("load", quiet=quiet) as listener:
+        rows = smoke_test(path, progress=listener, **options)
+    console.show_json({"tokens": rows}) if as_json else console.show(",".join(map(str, row)) for row in rows)
 
 
 @_command

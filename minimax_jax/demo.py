@@ -9,7 +9,7 @@ from minimax_jax.errors import JobError, Problem
 from minimax_jax.io.files import io_errors
 from minimax_jax.jobs import front
 from minimax_jax.jobs.report import size
-from minimax_jax.jobs.verify import Verification
+from minimax_jax.jobs.verification import Verification
 from minimax_jax.synthetic import synthesize
 
 CERTIFICATE = "certificate.json"
@@ -40,7 +40,7 @@ def run(folder: str | Path, *, say: Callable[[str], None]) -> Verification:
     checks = [
         front.verify(source, folder / "native-bf16", by="value"),
         front.verify(source, back_from_fp8, by="bytes"),
-        front.verify(source, back_from_bf16, by="bytes", certificate=folder / CERTIFICATE),
+        front.verify(source, back_from_bf16, by="bytes", output=folder / CERTIFICATE),
     ]
     for seen in checks:
         first, second = (checkpoint.path.name for checkpoint in seen.checkpoints)

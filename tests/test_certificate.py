@@ -53,8 +53,8 @@ def test_digests_do_not_depend_on_layout_sharding_and_workers(made):
 
 
 def test_the_certificate_is_complete_and_the_same_each_time(made, tmp_path):
-    seen = mj.verify(made / "hf", made / "bf16", by="bytes", certificate=tmp_path / "a.json")
-    mj.verify(made / "hf", made / "bf16", by="bytes", workers=4, certificate=tmp_path / "b.json")
+    seen = mj.verify(made / "hf", made / "bf16", by="bytes", output=tmp_path / "a.json")
+    mj.verify(made / "hf", made / "bf16", by="bytes", workers=4, output=tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     found = json.loads((tmp_path / "a.json").read_bytes())
     assert found == json.loads(json.dumps(certificate(seen)))
@@ -91,7 +91,7 @@ def test_a_certificate_that_cannot_be_written_stops_it_before_the_work(made, tmp
     (tmp_path / "folder").mkdir()
     moments = []
     with pytest.raises(JobError, match="certificate cannot be written") as caught:
-        mj.verify(made / "hf", certificate=tmp_path / name, progress=moments.append)
+        mj.verify(made / "hf", output=tmp_path / name, progress=moments.append)
     assert caught.value.problems[0].file == str(tmp_path / name) and not moments
 
 

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -70,3 +71,31 @@ def test_what_a_killed_process_left_is_replaced(tmp_path):
         (folder / "new").touch()
     assert names(tmp_path / "out") == ["new"]
     assert names(tmp_path) == ["out"]
+
+
+def test_what_a_process_left_that_died_before_its_mark_is_taken_over(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    with appearing(tmp_path / "out") as folder:
+        (folder / "x").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_mark_goes_last(tmp_path, monkeypatch):
+    gone = []
+    unlink, rmdir = os.unlink, os.rmdir
+    monkeypatch.setattr(os, "unlink", lambda path, **at: (gone.append(str(path)), unlink(path, **at)))
+    monkeypatch.setattr(os, "rmdir", lambda path, **at: (gone.append(str(path)), rmdir(path, **at)))
+    with appearing(tmp_path / "out") as folder:
+        for number in range(9):
+            (folder.parent / f".journal.{number}").touch()
+    assert [path.rpartition("/")[2] for path in gone[-2:]] == [".unfinished", ".out.partial"] and len(gone) == 11
+
+
+def test_files_that_a_killed_process_had_not_put_in_place_go(tmp_path):
+    with pytest.raises(KeyboardInterrupt), appearing(tmp_path / "out", worth=lambda workshop: True) as folder:
+        (folder / ".config.json.0.tmp").touch()
+        (folder / "kept").touch()
+        raise KeyboardInterrupt
+    with appearing(tmp_path / "out", worth=lambda workshop: True):
+        pass
+    assert names(tmp_path / "out") == ["kept"]

@@ -1,5 +1,6 @@
 """Views, fresh arrays and positioned reads: the right bytes, or an error."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,17 +111,72 @@ def test_a_file_that_shrank_is_an_error_and_never_data(tmp_path: Path, left_byte
             call(reader)
 
 
-def test_a_file_that_grew_again_after_it_was_mapped_is_mapped_again(tmp_path: Path) -> None:
-    file = write_file(tmp_path / "m.safetensors", x=(4096,), y=(4096,))
-    content = file.read_bytes()
+def overwrite(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\xff")
+
+
+def replace(file: Path) -> None:
+    status, other = file.stat(), file.with_name("other")
+    other.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.replace(file)
+
+
+@pytest.mark.parametrize("change", [overwrite, replace])
+def test_a_file_of_the_same_size_put_there_after_opening_is_refused(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    file = write_file(tmp_path / "m.safetensors", x=(64,))
     checkpoint = open_checkpoint(file)
-    with file.open("r+b") as stream, Reader(checkpoint) as reader:
-        stream.truncate(checkpoint.tensors["x"].stop)
+    change(file)
+    info, buffer = checkpoint.tensors["x"], bytearray(64)
+    calls: list[Callable[[Reader], object]] = [
+        lambda reader: reader.view(info),
+        lambda reader: reader.read(info),
+        lambda reader: reader.read_into(file, info.start, memoryview(buffer)),
+    ]
+    for call in calls:
+        with (
+            Reader(checkpoint) as reader,
+            pytest.raises(FormatError, match=r"changed or replaced(.|\n)*m\.safetensors"),
+        ):
+            call(reader)
+    assert buffer == bytes(64)
+
+
+def test_a_file_written_to_while_it_is_read_is_found_when_the_context_ends(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_file(tmp_path / "m.safetensors", x=(64,)))
+    with pytest.raises(FormatError, match="changed or replaced"), Reader(checkpoint) as reader:
+        reader.read(checkpoint.tensors["x"])
+        overwrite(tmp_path / "m.safetensors")
+
+
+def test_another_error_is_not_hidden_by_a_file_written_to(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_file(tmp_path / "m.safetensors", x=(64,)))
+    with pytest.raises(ZeroDivisionError), Reader(checkpoint) as reader:
+        reader.read(checkpoint.tensors["x"])
+        overwrite(tmp_path / "m.safetensors")
+        raise ZeroDivisionError
+
+
+def test_a_file_put_in_the_place_of_one_that_is_open_changes_nothing(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_file(tmp_path / "m.safetensors", x=(64,)))
+    with Reader(checkpoint) as reader:
+        reader.read(checkpoint.tensors["x"], 0, 1)
+        replace(tmp_path / "m.safetensors")
+        assert bits(reader.read(checkpoint.tensors["x"])) == bytes(64)
+
+
+def test_a_file_that_shrank_after_it_was_mapped_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
+    file = write_file(tmp_path / "m.safetensors", x=(4096,), y=(4096,))
+    checkpoint = open_checkpoint(file)
+    with pytest.raises(FormatError, match="truncated"), Reader(checkpoint) as reader:
         reader.view(checkpoint.tensors["x"])
-        stream.seek(0)
-        stream.write(content)
-        stream.flush()
-        assert bits(reader.view(checkpoint.tensors["y"])) == b"\1" * 4096
+        os.truncate(file, checkpoint.tensors["x"].stop)
+        assert bits(reader.view(checkpoint.tensors["x"])) == bytes(4096)
+        reader.view(checkpoint.tensors["y"])
 
 
 def test_threads_read_without_disturbing_each_other(tmp_path: Path) -> None:

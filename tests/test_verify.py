@@ -16,7 +16,7 @@ import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.errors import FormatError, JobError, LayoutError
 from minimax_jax.io.reader import Reader
-from minimax_jax.jobs.verify import View
+from minimax_jax.jobs.view import View
 
 CONFIG = synthetic.config(layers=1, experts=3)
 MOE = "model.layers.0.block_sparse_moe."
@@ -102,7 +102,7 @@ def test_a_difference_is_counted_and_measured(made, tmp_path):
 def test_nan_and_infinity_are_differences_that_json_can_hold(made, tmp_path, value):
     shutil.copytree(made / "bf16", tmp_path / "other")
     folders.edit(tmp_path / "other", EMBED, lambda weight: weight.index_fill_(0, torch.tensor([5]), value))
-    seen = mj.verify(made / "hf", tmp_path / "other", certificate=tmp_path / "certificate.json")
+    seen = mj.verify(made / "hf", tmp_path / "other", output=tmp_path / "certificate.json")
     (difference,) = json.loads((tmp_path / "certificate.json").read_bytes())["differences"]
     assert difference["key"] == EMBED and difference["max_abs"] is None and not seen.good
     assert difference["differing_elements"] == CONFIG.hidden_size
@@ -199,7 +199,7 @@ def test_large_tensors_are_compared_in_pieces(made, tmp_path, monkeypatch):
     rows = View.rows
     monkeypatch.setattr(View, "rows", lambda *of: sizes.append((chunk := rows(*of)).nbytes) or chunk)
     for piece_bytes in (1, 5000, 70_000):
-        monkeypatch.setattr("minimax_jax.jobs.verify._PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr("minimax_jax.jobs.look._PIECE_BYTES", piece_bytes)
         assert {name: mj.verify(made / name) for name in whole} == whole
         assert {pair: mj.verify(made / pair[0], made / pair[1]) for pair in pairs} == pairs
         assert mj.verify(made / "hf", tmp_path / "other") == different

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import reprlib
-import stat
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from minimax_jax.errors import FormatError, Problem, raise_if
-from minimax_jax.io.files import io_errors, open_regular, read_exactly, require_inside
+from minimax_jax.io import orbax, source
+from minimax_jax.io.files import FileState, io_errors
 from minimax_jax.io.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header
 from minimax_jax.io.jsonfile import is_text, parse_object, shown
+from minimax_jax.io.location import Location
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -23,6 +24,24 @@ INDEX_NAME = "model.safetensors.index.json"
 _T = TypeVar("_T")
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 _WEIGHTS = _PICKLES | {SUFFIX, ".gguf", ".h5", ".msgpack", ".onnx"}
+_SIDE_FILES = (
+    "LICENSE",
+    "README.md",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "configuration_minimax_m2.py",
+    "generation_config.json",
+    "merges.txt",
+    "modeling_minimax_m2.py",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+"""What may lie beside published checkpoints, sorted."""
+
+_REQUESTS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +54,15 @@ class Checkpoint:
         metadata: the files' own metadata, merged; where files differ, the first one's.
         files: the files that hold the tensors, sorted.
         index_file: the index that named them, if there is one.
+        states: what each file was when its header was read: what a `Reader` holds it to.
     """
 
-    path: Path
+    path: Location
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
-    files: tuple[Path, ...]
-    index_file: Path | None
+    files: tuple[Location, ...]
+    index_file: Location | None
+    states: Mapping[Location, FileState] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +70,7 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Location) -> Checkpoint:
     """Read and check all headers of a checkpoint; no tensor data is read.
 
     In a folder, `model.safetensors.index.json` says which files count; without it `model.safetensors` counts alone;
@@ -59,9 +80,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         FormatError: there is no checkpoint, or its files break the format or contradict each other; all that is wrong.
     """
-    with io_errors(FormatError, "no checkpoint can be opened here", path):
-        is_folder = stat.S_ISDIR(path.stat().st_mode)
-    if is_folder:
+    path = source.pin(path)
+    if isinstance(path, Path):
+        with io_errors(FormatError, "no checkpoint can be opened here", path):
+            path.stat()
+    if source.is_folder(path):
         return _open_folder(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _open_indexed(path, path)
@@ -70,37 +93,45 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return _merge(path, [read_header(path)])
 
 
-def side_files(path: Path) -> tuple[Path, ...]:
+def side_files(path: Location) -> tuple[Location, ...]:
     """The files of a checkpoint folder that go along with the weights, such as those of the tokenizer; sorted.
 
     Left out are weights of any format, their indexes, config.json, hidden files and sub-folders. One safetensors file
-    has no side files.
+    has no side files. A web server does not list its files: there, those of the usual names are looked for.
 
     Raises:
         FormatError: the folder cannot be listed, or files in it are links that are broken or lead out of it.
     """
     if path.name.endswith(INDEX_SUFFIX):
         path = path.parent
-    with io_errors(FormatError, "folder cannot be listed", path):
-        beside = tuple(file for file in _listed(path) if _is_side_file(file)) if path.is_dir() else ()
-    _for_each(beside, lambda file: require_inside(file, path))
+    if not source.is_folder(path):
+        return ()
+    listed = source.listed(path)
+    if listed is None:
+        usual = [path / name for name in _SIDE_FILES]
+        there = _for_each(usual, source.exists)
+        return tuple(file for file, found in zip(usual, there, strict=True) if found)
+    beside = tuple(file for file in listed if _is_side_file(file))
+    _for_each(beside, lambda file: source.require_within(file, path))
     return beside
 
 
-def _is_side_file(file: Path) -> bool:
+def _is_side_file(file: Location) -> bool:
     if file.name == "config.json" or file.name.endswith(".index.json") or file.suffix.lower() in _WEIGHTS:
+        return False
+    if not isinstance(file, Path):
+        return True
+    if file.name in orbax.OWN_FILES and orbax.is_orbax(file.parent):
         return False
     return file.is_file() or not file.exists()  # a broken link is a file that was lost, for the check to report
 
 
-def _listed(folder: Path) -> list[Path]:
-    with io_errors(FormatError, "folder cannot be listed", folder):
-        return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
-
-
-def _open_folder(folder: Path) -> Checkpoint:
-    listed = _listed(folder)
+def _open_folder(folder: Location) -> Checkpoint:
     index_file, single = folder / INDEX_NAME, folder / SINGLE_NAME
+    listed = source.listed(folder)
+    if listed is None:
+        found = next(filter(source.exists, (index_file, single)), None)
+        listed = [] if found is None else [found]
     if index_file in listed:
         opened = _open_indexed(folder, index_file)
         if single in listed and single not in opened.files:
@@ -113,9 +144,9 @@ def _open_folder(folder: Path) -> Checkpoint:
     return _merge(folder, _for_each(files, lambda file: _read_inside(file, folder)))
 
 
-def _open_indexed(path: Path, index_file: Path) -> Checkpoint:
+def _open_indexed(path: Location, index_file: Location) -> Checkpoint:
     folder = index_file.parent
-    require_inside(index_file, folder)
+    source.require_within(index_file, folder)
     weight_map = _read_index(index_file)
     names = sorted(set(weight_map.values()))
     headers = _for_each([folder / name for name in names], lambda file: _read_inside(file, folder))
@@ -123,18 +154,9 @@ def _open_indexed(path: Path, index_file: Path) -> Checkpoint:
     return _merge(path, headers, index_file)
 
 
-def _read_index(index_file: Path) -> dict[str, str]:
-    fd = open_regular(index_file)
-    try:
-        size = os.fstat(fd).st_size
-        if size > MAX_HEADER_BYTES:
-            expected, got = f"at most {MAX_HEADER_BYTES:,} bytes", f"{size:,} bytes"
-            raise FormatError(Problem(what="index too long", file=str(index_file), expected=expected, got=got))
-        text = bytearray(size)
-        read_exactly(fd, index_file, 0, memoryview(text))
-    finally:
-        os.close(fd)
-    weight_map = parse_object(bytes(text), file=index_file, what="index").get("weight_map")
+def _read_index(index_file: Location) -> dict[str, str]:
+    text = source.read_whole(index_file, most_bytes=MAX_HEADER_BYTES, what="index")
+    weight_map = parse_object(text, file=index_file, what="index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         expected, got = "a JSON object that maps each key to its file", reprlib.repr(weight_map)
         raise FormatError(Problem(what="index without a weight_map", file=str(index_file), expected=expected, got=got))
@@ -142,7 +164,7 @@ def _read_index(index_file: Path) -> dict[str, str]:
     return weight_map
 
 
-def _name_problems(weight_map: dict[str, object], index_file: Path) -> Iterator[Problem]:
+def _name_problems(weight_map: dict[str, object], index_file: Location) -> Iterator[Problem]:
     safe: set[str] = set()
     for key, name in weight_map.items():
         if isinstance(name, str) and (name in safe or _is_safe_name(name)):
@@ -159,24 +181,30 @@ def _is_safe_name(name: str) -> bool:
     return is_text(name) and "\0" not in name and path.name != "" and not path.is_absolute() and ".." not in path.parts
 
 
-def _read_inside(file: Path, folder: Path) -> Header:
-    require_inside(file, folder)
+def _read_inside(file: Location, folder: Location) -> Header:
+    source.require_within(file, folder)
     return read_header(file)
 
 
-def _for_each(files: Iterable[Path], call: Callable[[Path], _T]) -> list[_T]:
-    results: list[_T] = []
-    problems: list[Problem] = []
-    for file in files:
+def _for_each(files: Sequence[Location], call: Callable[[Location], _T]) -> list[_T]:
+    """The result for each file; all problems of all of them at once. Servers are asked about several at a time."""
+
+    def attempt(file: Location) -> tuple[list[_T], tuple[Problem, ...]]:
         try:
-            results.append(call(file))
+            return [call(file)], ()
         except FormatError as error:
-            problems += error.problems
-    raise_if(problems, FormatError)
-    return results
+            return [], error.problems
+
+    if all(isinstance(file, Path) for file in files):
+        attempts = [attempt(file) for file in files]
+    else:
+        with ThreadPoolExecutor(_REQUESTS_AT_A_TIME, thread_name_prefix="look") as pool:
+            attempts = list(pool.map(attempt, files))
+    raise_if((problem for _, problems in attempts for problem in problems), FormatError)
+    return [result for results, _ in attempts for result in results]
 
 
-def _index_problems(weight_map: dict[str, str], headers: dict[str, Header], index_file: Path) -> Iterator[Problem]:
+def _index_problems(weight_map: dict[str, str], headers: dict[str, Header], index_file: Location) -> Iterator[Problem]:
     strays: set[str] = set()
     for name, header in headers.items():
         for key in header.tensors:
@@ -191,7 +219,7 @@ def _index_problems(weight_map: dict[str, str], headers: dict[str, Header], inde
             yield Problem(what=what, file=str(index_file), key=shown(key), expected=f"in {shown(name)}")
 
 
-def _merge(path: Path, headers: list[Header], index_file: Path | None = None) -> Checkpoint:
+def _merge(path: Location, headers: list[Header], index_file: Location | None = None) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     problems: list[Problem] = []
@@ -203,10 +231,11 @@ def _merge(path: Path, headers: list[Header], index_file: Path | None = None) ->
         metadata = header.metadata | metadata
     raise_if(problems, FormatError)
     files = tuple(header.file for header in headers)
-    return Checkpoint(path=path, tensors=tensors, metadata=metadata, files=files, index_file=index_file)
+    states = {header.file: header.state for header in headers if header.state is not None}
+    return Checkpoint(path=path, tensors=tensors, metadata=metadata, files=files, index_file=index_file, states=states)
 
 
-def _nothing_to_open(path: Path, listed: Iterable[Path]) -> Problem:
+def _nothing_to_open(path: Location, listed: Iterable[Location]) -> Problem:
     pickles = [file.name for file in listed if file.suffix.lower() in _PICKLES]
     if not pickles:
         remedy = f"give the folder that holds {INDEX_NAME} or {SINGLE_NAME}, or one {SUFFIX} file"

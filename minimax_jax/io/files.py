@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,14 +15,37 @@ import numpy as np
 import numpy.typing as npt
 
 from minimax_jax.errors import CheckpointError, FormatError, JobError, Problem
+from minimax_jax.io.location import Location
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
 
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: opening a FIFO must not wait for a writer
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileState:
+    """What a file was when it was looked at: two looks at an unchanged file are equal.
+
+    Attributes:
+        nbytes: its size.
+        tag: what changes when it is written or replaced, as far as its place tells: time and inode, or an ETag.
+    """
+
+    nbytes: int
+    tag: str
+
+    @classmethod
+    def of(cls, fd: int) -> FileState:
+        """The state of a local file that is open."""
+        found = os.fstat(fd)
+        return cls(nbytes=found.st_size, tag=f"time {found.st_mtime_ns}, inode {found.st_ino}")
+
+    def __str__(self) -> str:
+        return f"{self.nbytes:,} bytes, {self.tag}"
+
+
 @contextmanager
-def io_errors(kind: type[CheckpointError], what: str, file: Path) -> Iterator[None]:
+def io_errors(kind: type[CheckpointError], what: str, file: Location) -> Iterator[None]:
     """Turn an OSError inside the block into `kind`, saying `what` could not be done to `file`."""
     try:
         yield
@@ -60,7 +84,7 @@ def read_exactly(fd: int, file: Path, start: int, buffer: memoryview) -> None:
         done += count
 
 
-def short_file(file: Path, *, expected_bytes: int, got_bytes: int, key: str | None = None) -> Problem:
+def short_file(file: Location, *, expected_bytes: int, got_bytes: int, key: str | None = None) -> Problem:
     """The problem of a file that ends before its data does."""
     return Problem(
         what="file is truncated: an incomplete download or an interrupted copy",

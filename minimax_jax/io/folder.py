@@ -6,12 +6,13 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.io import points
 from minimax_jax.io.files import io_errors, sync_folder
+from minimax_jax.io.jsonfile import TEMPORARY_SUFFIX
 
 MARK = ".unfinished"
 """The file that says of a folder that it is ours and not whole; locked by the process that fills it."""
@@ -50,15 +51,17 @@ def appearing(
         if restart or not (folder.is_dir() and worth(workshop)):  # no folder: it has taken its name already
             _empty(workshop)
         folder.mkdir(exist_ok=True)
+        for left in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+            left.unlink()
         yield folder
         with io_errors(JobError, "folder cannot be renamed", path):
             _name(folder, path)
-        shutil.rmtree(workshop, ignore_errors=True)
+        _remove(workshop)
     except BaseException as error:
         if worth(workshop):
             error.add_note(f"what was done is kept in {workshop}: the same command goes on from there")
         else:
-            shutil.rmtree(workshop, ignore_errors=True)
+            _remove(workshop)
         raise
     finally:
         os.close(lock)
@@ -89,7 +92,7 @@ def _require_free(path: Path) -> None:
 
 def _claim(workshop: Path) -> int:
     """Make the workshop, marked, or take over one that is left; the descriptor that is returned locks its mark."""
-    if workshop.exists() and not (workshop / MARK).is_file():
+    if workshop.exists() and not _is_ours(workshop):
         what, remedy = "a folder that is not ours stands in the way", "move it away"
         raise JobError(Problem(what=what, file=str(workshop), remedy=remedy))
     workshop.mkdir(exist_ok=True)
@@ -103,6 +106,18 @@ def _claim(workshop: Path) -> int:
         what, remedy = "another process is writing to this destination", "wait for it, or choose another destination"
         raise JobError(Problem(what=what, file=str(workshop), remedy=remedy)) from error
     return lock
+
+
+def _is_ours(workshop: Path) -> bool:
+    """Whether it is marked; or empty, as it is just before it gets its mark and just after it has lost it."""
+    return (workshop / MARK).is_file() or (workshop.is_dir() and not any(workshop.iterdir()))
+
+
+def _remove(workshop: Path) -> None:
+    """Take a workshop away, its mark last: wherever that stops, what is left is still known for ours."""
+    with suppress(OSError):
+        _empty(workshop)
+        shutil.rmtree(workshop)
 
 
 def _empty(workshop: Path) -> None:

@@ -7,22 +7,23 @@ Source: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-import os
 import reprlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import FormatError, Problem, raise_if
-from minimax_jax.io.files import open_regular, read_exactly, short_file
+from minimax_jax.io.files import FileState, short_file
 from minimax_jax.io.jsonfile import is_text, parse_object, shown
+from minimax_jax.io.location import Location
+from minimax_jax.io.source import open_file
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 DATA_ALIGNMENT_BYTES = 64  # jax.device_put takes 64-byte aligned host memory without a copy
@@ -51,7 +52,7 @@ class TensorInfo:
     key: str
     dtype: str
     shape: tuple[int, ...]
-    file: Path
+    file: Location
     start: int
     stop: int
 
@@ -74,33 +75,36 @@ class Header:
         tensors: key to place, in the order of the data.
         metadata: the free-form text under `__metadata__`.
         file_bytes: size of the whole file.
+        state: what the file was when it was read; None for a header that was not read from one.
     """
 
-    file: Path
+    file: Location
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     file_bytes: int
+    state: FileState | None = None
 
 
-def read_header(file: Path) -> Header:
+def read_header(file: Location) -> Header:
     """Read and check the header of one safetensors file; no tensor data is read.
 
     Raises:
         FormatError: the file cannot be read or breaks the format; all that is wrong with its tensors at once.
     """
-    fd = open_regular(file)
+    opened = open_file(file)
     try:
-        file_bytes = os.fstat(fd).st_size
+        file_bytes = opened.state.nbytes
         prefix = bytearray(min(_PREFIX_BYTES, file_bytes))
-        read_exactly(fd, file, 0, memoryview(prefix))
+        opened.read_into(0, memoryview(prefix))
         text = bytearray(_header_length(bytes(prefix), file, file_bytes))
-        read_exactly(fd, file, _PREFIX_BYTES, memoryview(text))
+        opened.read_into(_PREFIX_BYTES, memoryview(text))
     finally:
-        os.close(fd)
-    return parse_header(bytes(text), file=file, file_bytes=file_bytes)
+        opened.close()
+    header = parse_header(bytes(text), file=file, file_bytes=file_bytes)
+    return dataclasses.replace(header, state=opened.state)
 
 
-def parse_header(text: bytes, *, file: Path, file_bytes: int) -> Header:
+def parse_header(text: bytes, *, file: Location, file_bytes: int) -> Header:
     """Check the JSON text of a header against the size of its file; the inverse of `serialise_header`.
 
     Raises:
@@ -157,7 +161,7 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value <= _MAX_SIZE
 
 
-def _header_length(prefix: bytes, file: Path, file_bytes: int) -> int:
+def _header_length(prefix: bytes, file: Location, file_bytes: int) -> int:
     if len(prefix) < _PREFIX_BYTES:
         raise FormatError(short_file(file, expected_bytes=_PREFIX_BYTES, got_bytes=file_bytes))
     (length,) = struct.unpack("<Q", prefix)
@@ -175,7 +179,7 @@ def _header_length(prefix: bytes, file: Path, file_bytes: int) -> int:
     return int(length)
 
 
-def _metadata_problems(metadata: object, file: Path) -> Iterator[Problem]:
+def _metadata_problems(metadata: object, file: Location) -> Iterator[Problem]:
     if not isinstance(metadata, dict):
         got = type(metadata).__name__
         yield Problem(what="metadata is not a JSON object", file=str(file), key=METADATA_KEY, got=got)
@@ -186,7 +190,7 @@ def _metadata_problems(metadata: object, file: Path) -> Iterator[Problem]:
             yield Problem(what="metadata value is not text", file=str(file), key=METADATA_KEY, got=got)
 
 
-def _entry_problems(key: str, entry: object, file: Path) -> list[Problem]:
+def _entry_problems(key: str, entry: object, file: Location) -> list[Problem]:
     def problem(what: str, expected: str, got: object) -> Problem:
         return Problem(what=what, file=str(file), key=shown(key), expected=expected, got=reprlib.repr(got))
 
@@ -209,7 +213,7 @@ def _entry_problems(key: str, entry: object, file: Path) -> list[Problem]:
     return found
 
 
-def _range_problems(infos: list[TensorInfo], data_start: int, file: Path, file_bytes: int) -> Iterator[Problem]:
+def _range_problems(infos: list[TensorInfo], data_start: int, file: Location, file_bytes: int) -> Iterator[Problem]:
     reached = data_start
     for info in infos:
         if info.start != reached:
@@ -225,7 +229,7 @@ def _range_problems(infos: list[TensorInfo], data_start: int, file: Path, file_b
         yield Problem(what="bytes behind the last tensor", file=str(file), expected=expected, got=got)
 
 
-def _info(key: str, entry: dict[str, Any], file: Path, data_start: int) -> TensorInfo:
+def _info(key: str, entry: dict[str, Any], file: Location, data_start: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
     shape, start, stop = tuple(entry["shape"]), data_start + begin, data_start + end
     return TensorInfo(key=key, dtype=entry["dtype"], shape=shape, file=file, start=start, stop=stop)

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from minimax_jax.errors import FormatError, JobError, Problem, raise_if
+from minimax_jax.io import points
 from minimax_jax.io.files import io_errors, sync_folder
+from minimax_jax.io.location import Location
+
+TEMPORARY_SUFFIX = ".tmp"
+"""The end of the hidden name of a file until it is whole; a process that is killed leaves it."""
 
 
-def parse_object(text: bytes, *, file: Path, what: str) -> dict[str, Any]:
+def parse_object(text: bytes, *, file: Location, what: str) -> dict[str, Any]:
     """Parse a JSON object, refusing what the json module lets through: duplicate keys, NaN, unpaired surrogates.
 
     Raises:
@@ -58,13 +63,14 @@ def write_json_atomic(path: Path, obj: Any) -> None:
         JobError: the file cannot be written.
     """
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     with io_errors(JobError, "file cannot be written", path):
         try:
             with temporary.open("x", encoding="utf-8") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())
+            points.reach("before a JSON file takes its name")
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
-import os
+import operator
 import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,26 @@ import numpy.typing as npt
 
 from minimax_jax.errors import FormatError, JobError, LayoutError, Problem
 from minimax_jax.io.checkpoint import Checkpoint
-from minimax_jax.io.files import as_bytes, io_errors, open_regular, read_exactly, short_file
+from minimax_jax.io.files import FileState, as_bytes, io_errors, short_file
 from minimax_jax.io.handles import Handles
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.jsonfile import shown
+from minimax_jax.io.location import Location
+from minimax_jax.io.source import LocalFile, OpenFile, open_file
+
+_GAP_BYTES = 2**18
+"""Farther apart, another request costs less time than the bytes between."""
+
+_RUN_BYTES = 2**25
+"""Most bytes of several tensors in one request."""
 
 
 class Reader:
     """A context that reads the files of one checkpoint; its methods may be called from any number of threads.
 
     Files are opened on first use and stay open until the context ends. Reads carry their own position, so that threads
-    do not disturb each other.
+    do not disturb each other. Each file must be what it was when the checkpoint was opened, when it is opened here and
+    still when the context ends: a context that ends well has read one state of every file.
 
     Attributes:
         checkpoint: what is read.
@@ -32,15 +42,28 @@ class Reader:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self._files = frozenset(checkpoint.files)
-        self._handles = Handles(self._open)
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._handles: Handles[Location, OpenFile] = Handles(self._open, close=operator.methodcaller("close"))
+        self._maps: dict[Location, mmap.mmap] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        try:
+            if kind is None:
+                self.require_unchanged()
+        finally:
+            self.close()
+
+    def require_unchanged(self) -> None:
+        """Check that the files that were read from are still what they were.
+
+        Raises:
+            FormatError: one was written to, replaced or shortened meanwhile.
+        """
+        for opened in self._handles.opened():
+            opened.require_unchanged()
 
     def close(self) -> None:
         """Close the files once reads under way have ended. Views stay valid: each keeps its memory map alive."""
@@ -50,7 +73,8 @@ class Reader:
     def view(self, info: TensorInfo, rows: slice | None = None) -> npt.NDArray[Any]:
         """The tensor, or a range of its rows, as a read-only view of the memory map: nothing is read or copied yet.
 
-        The view is aligned as well as the file is. A file that is shortened by others while it is mapped kills the
+        What lies behind a URL has no memory map: it is read now, into a fresh array. The view is aligned as well as the
+        file is. A file that is shortened by others while it is mapped kills the
         process on access (SIGBUS): where that can happen, use `read`.
 
         Args:
@@ -68,7 +92,12 @@ class Reader:
         if rows.step not in (None, 1):
             raise LayoutError(Problem(what="rows can only be viewed one after another", key=info.key, got=str(rows)))
         start, shape = _row_range(info, rows.start, rows.stop)
-        return np.ndarray(shape, info.np_dtype, buffer=self._map(info), offset=start)
+        with self._handles.use(info.file) as opened:
+            if isinstance(opened, LocalFile):
+                return np.ndarray(shape, info.np_dtype, buffer=self._map(opened, info), offset=start)
+        fetched = self.read(info, rows.start, rows.stop)
+        fetched.flags.writeable = False
+        return fetched
 
     def read(self, info: TensorInfo, start_row: int | None = None, stop_row: int | None = None) -> npt.NDArray[Any]:
         """The tensor, or rows `start_row` to `stop_row` of its leading axis, as a fresh array `[rows, ...]`.
@@ -82,7 +111,29 @@ class Reader:
         self.read_into(info.file, start, array)
         return array
 
-    def read_into(self, file: Path, start: int, buffer: bytearray | memoryview | npt.NDArray[Any]) -> None:
+    def read_many(self, infos: Iterable[TensorInfo]) -> dict[str, npt.NDArray[Any]]:
+        """Tensors by key, each as a fresh array: as `read`, but those that lie close together take one request.
+
+        That is for files behind URLs; local ones are read one by one. What lies in the gaps is fetched and forgotten,
+        so for a moment this takes as much memory again as one request brings.
+
+        Raises:
+            FormatError: as `read`.
+        """
+        found: dict[str, npt.NDArray[Any]] = {}
+        for run in _runs(infos):
+            found |= {run[0].key: self.read(run[0])} if len(run) == 1 else self._read_run(run)
+        return found
+
+    def _read_run(self, run: Sequence[TensorInfo]) -> dict[str, npt.NDArray[Any]]:
+        """Tensors of one file, in the order of the data, by one read from the first to the last."""
+        start = run[0].start
+        whole = np.empty(run[-1].stop - start, np.uint8)
+        self.read_into(run[0].file, start, whole)
+        parts = {info.key: whole[info.start - start : info.stop - start].copy() for info in run}
+        return {info.key: parts[info.key].view(info.np_dtype).reshape(info.shape) for info in run}
+
+    def read_into(self, file: Location, start: int, buffer: bytearray | memoryview | npt.NDArray[Any]) -> None:
         """Fill `buffer` with the bytes of `file`, a file of this checkpoint, from position `start` on.
 
         Raises:
@@ -92,24 +143,40 @@ class Reader:
         view = as_bytes(buffer)
         if view.readonly:
             raise JobError(Problem(what="buffer to read into is read-only", file=str(file)))
-        with self._handles.use(file) as fd:
-            read_exactly(fd, file, start, view)
+        with self._handles.use(file) as opened:
+            opened.read_into(start, view)
 
-    def _open(self, file: Path) -> int:
+    def _open(self, file: Location) -> OpenFile:
         if file not in self._files:
             raise JobError(Problem(what="file is not part of the checkpoint that is read", file=str(file)))
-        return open_regular(file)
+        return open_file(file, self.checkpoint.states.get(file), data=True)
 
-    def _map(self, info: TensorInfo) -> mmap.mmap:
-        with self._handles.use(info.file) as fd, self._lock:
-            got = os.fstat(fd).st_size
-            if got < info.stop:
-                raise FormatError(short_file(info.file, expected_bytes=info.stop, got_bytes=got, key=shown(info.key)))
-            mapped = self._maps.get(info.file)
-            if mapped is None or len(mapped) < info.stop:
+    def _map(self, opened: LocalFile, info: TensorInfo) -> mmap.mmap:
+        got = FileState.of(opened.fd).nbytes
+        if got < info.stop:
+            raise FormatError(short_file(info.file, expected_bytes=info.stop, got_bytes=got, key=shown(info.key)))
+        with self._lock:
+            if info.file not in self._maps:
                 with io_errors(FormatError, "file cannot be mapped into memory", info.file):
-                    mapped = self._maps[info.file] = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
-            return mapped
+                    self._maps[info.file] = mmap.mmap(opened.fd, 0, access=mmap.ACCESS_READ)
+            return self._maps[info.file]
+
+
+def _runs(infos: Iterable[TensorInfo]) -> Iterator[list[TensorInfo]]:
+    """Tensors that are to be read together: of one remote file, close to each other, and not too many bytes."""
+    run: list[TensorInfo] = []
+    for info in sorted(infos, key=lambda info: (str(info.file), info.start, info.stop)):
+        if run and (
+            isinstance(info.file, Path)
+            or info.file != run[0].file
+            or info.start - run[-1].stop > _GAP_BYTES
+            or info.stop - run[0].start > _RUN_BYTES
+        ):
+            yield run
+            run = []
+        run.append(info)
+    if run:
+        yield run
 
 
 def _row_range(info: TensorInfo, start_row: int | None, stop_row: int | None) -> tuple[int, tuple[int, ...]]:

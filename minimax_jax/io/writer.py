@@ -243,7 +243,10 @@ def _no_space(path: Path, needed: int, free: int) -> Problem:
 def _allocate(fd: int, file: Path, nbytes: int) -> None:
     with io_errors(JobError, "file cannot be given its full size", file):
         try:
-            if os.fstat(fd).st_size > nbytes:
+            size = os.fstat(fd).st_size
+            if size == nbytes:  # of an earlier or another process: what stands in for fallocate may touch its data
+                return
+            if size > nbytes:
                 os.ftruncate(fd, nbytes)
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(fd, 0, nbytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,42 +12,35 @@ from typing import Any
 
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.io.jsonfile import write_json_atomic
-from minimax_jax.jobs.compare import RELATIONS
-from minimax_jax.jobs.verify import Digest, Verification
+from minimax_jax.jobs.certified import FORMAT, SEAL, Held, seal
+from minimax_jax.jobs.compare import RELATIONS, Comparison
+from minimax_jax.jobs.digests import Digest, FileDigest
+from minimax_jax.jobs.verification import Digested, LayerSummary, Verification
+
+_LIBRARIES = ("minimax_jax", "jax", "jaxlib", "numpy", "ml_dtypes")
 
 
 def certificate(seen: Verification) -> dict[str, Any]:
     """The certificate as plain JSON values; the same checkpoints at the same paths give the same document.
 
-    `differences` lists the weights that do not agree as asked; `max_abs` is null where it is NaN or infinite.
+    `differences` lists the weights that do not agree as asked; `max_abs` is null where it is NaN or infinite. The
+    digest of a whole checkpoint is over its tensors in the order of their names; of a sample, over those of the sample.
     """
-    return {
-        "minimax_jax": version("minimax_jax"),
+    told = {
+        "format": FORMAT,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+        "options": {"by": seen.by, "sample": None if seen.sample is None else seen.sample.asked},
         "good": seen.good,
         "by": seen.by,
-        "checkpoints": [
-            {
-                "path": str(checkpoint.path),
-                "layout": checkpoint.layout,
-                "tensors": len(checkpoint.digests),
-                "bytes": checkpoint.nbytes,
-                "sha256": checkpoint.sha256,
-            }
-            for checkpoint in seen.checkpoints
-        ],
+        "sample": None if seen.sample is None else {"entries": seen.sample.entries, "of": seen.sample.of},
+        "held": None if seen.held is None else _held(seen.held),
+        "checkpoints": [_checkpoint(checkpoint) for checkpoint in seen.checkpoints],
         "weights": {name: seen.count(name) for name in RELATIONS} if seen.comparisons else None,
-        "differences": [
-            {
-                "key": comparison.key,
-                "relation": comparison.relation,
-                "dtypes": list(comparison.dtypes),
-                "differing_elements": comparison.differing,
-                "max_abs": comparison.max_abs if math.isfinite(comparison.max_abs) else None,
-            }
-            for comparison in seen.failures
-        ],
+        "differences": [_difference(comparison) for comparison in seen.failures],
+        "layers": [_layer(summary) for summary in seen.layers],
         "tensors": dict(_tensors([checkpoint.digests for checkpoint in seen.checkpoints])),
     }
+    return {**told, SEAL: seal(told)}
 
 
 def require_place(file: str | Path) -> None:
@@ -64,6 +58,60 @@ def require_place(file: str | Path) -> None:
 def write_certificate(file: str | Path, seen: Verification) -> None:
     """Write the certificate to `file`, whole or not at all."""
     write_json_atomic(Path(file), certificate(seen))
+
+
+def _checkpoint(checkpoint: Digested) -> dict[str, Any]:
+    return {
+        "path": str(checkpoint.path),
+        "layout": checkpoint.layout,
+        "tensors": len(checkpoint.digests),
+        "bytes": checkpoint.nbytes,
+        "sha256": checkpoint.sha256,
+        "unread_attributes": list(checkpoint.unread),
+        "unusual": [{"key": each.key, "what": each.what, "count": each.count} for each in checkpoint.unusual],
+        "files": {file.name: _file(file) for file in checkpoint.files},
+    }
+
+
+def _file(file: FileDigest) -> dict[str, Any]:
+    return {"bytes": file.nbytes, "sha256": file.sha256, "of": "header" if file.header_only else "file"}
+
+
+def _difference(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "key": comparison.key,
+        "relation": comparison.relation,
+        "dtypes": list(comparison.dtypes),
+        "differing_elements": comparison.differing,
+        "max_abs": _number(comparison.max_abs),
+    }
+
+
+def _layer(summary: LayerSummary) -> dict[str, Any]:
+    compared = {
+        "weights": dict(summary.counts),
+        "differing_elements": summary.differing,
+        "max_abs": _number(summary.max_abs),
+    }
+    told = {"layer": summary.layer, "tensors": list(summary.tensors), "sha256": list(summary.sha256)}
+    return told | (compared if summary.counts else {})
+
+
+def _held(held: Held) -> dict[str, Any]:
+    return {
+        "certificate": str(held.file),
+        "checkpoint": held.path,
+        "tensors": held.tensors,
+        "files": held.files,
+        "mismatches": [
+            {"name": each.name, "what": each.what, "expected": each.expected, "got": each.got}
+            for each in held.mismatches
+        ],
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _tensors(digests: Sequence[Sequence[Digest]]) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from minimax_jax.dtypes import DTYPES, NAMES
-from minimax_jax.ops.fp8 import dequantize
 
 Array: TypeAlias = npt.NDArray[Any]
 Relation: TypeAlias = Literal["identical", "equal", "different"]
@@ -60,6 +59,8 @@ class Weight:
         """The weight rounded to the float dtype `name`; its own values where they have that dtype already."""
         if self.scales is None:
             return self.values.astype(DTYPES[name], copy=False)
+        from minimax_jax.ops.fp8 import dequantize  # with jax, which the names in this module do not need
+
         return np.asarray(dequantize(self.values, self.scales, DTYPES[name], block=self.block))
 
 

@@ -14,13 +14,14 @@ from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
 from minimax_jax.jobs import inspect as inspecting
 from minimax_jax.jobs import plan as planning
 from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS, Plan, Target
+from minimax_jax.jobs.sample import require_sample
 from minimax_jax.jobs.source import open_source
 from minimax_jax.jobs.streamed import streamed_targets
 from minimax_jax.progress import Progress
 
 if TYPE_CHECKING:
     from minimax_jax.jobs.run import Check, Report
-    from minimax_jax.jobs.verify import Verification
+    from minimax_jax.jobs.verification import Verification
 
 TARGETS = {
     "native": Target(layout="native", dtype="BF16"),
@@ -155,8 +156,10 @@ def verify(
     second: str | Path | None = None,
     *,
     by: Literal["bytes", "value"] = "value",
-    workers: int = DEFAULT_WORKERS,
+    sample: str | int | None = None,
     certificate: str | Path | None = None,
+    output: str | Path | None = None,
+    workers: int = DEFAULT_WORKERS,
     ignore: Collection[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Verification:
@@ -166,21 +169,29 @@ def verify(
         first: a checkpoint.
         second: what to hold against it.
         by: `bytes` or `value`.
+        sample: look at a part only, always the same: a share such as `5%`, or a number of native tensors.
+        certificate: an earlier certificate to hold `first` against, byte for byte; without `second`.
+        output: a file to write the certificate to.
         workers: threads.
-        certificate: a file to write the certificate to.
         ignore: attributes of config.json to leave unread.
         progress: called as the work goes on.
 
     Raises:
-        CheckpointError: as `open_source`; as `jobs.verify.verify`; JobError where the certificate cannot be written.
+        CheckpointError: as `open_source`; as `jobs.verify.verify`; FormatError where the earlier certificate is damaged
+            or of an unknown form; JobError where the new one cannot be written.
     """
     from minimax_jax.jobs import verify as verifying
     from minimax_jax.jobs.certificate import require_place, write_certificate
+    from minimax_jax.jobs.certified import read_certificate
 
-    if certificate is not None:
-        require_place(certificate)
+    if output is not None:
+        require_place(output)
+    asked = None if sample is None else str(sample)
+    if asked is not None:
+        require_sample(asked)
+    known = None if certificate is None else read_certificate(certificate)
     sources = [open_source(path, ignore=ignore) for path in (first, second) if path is not None]
-    seen = verifying.verify(*sources, by=by, workers=workers, progress=progress)
-    if certificate is not None:
-        write_certificate(certificate, seen)
+    seen = verifying.verify(*sources, by=by, sample=asked, certificate=known, workers=workers, progress=progress)
+    if output is not None:
+        write_certificate(output, seen)
     return seen

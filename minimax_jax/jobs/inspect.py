@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from minimax_jax.io.header import TensorInfo
+from minimax_jax.io.location import Location
 from minimax_jax.jobs.source import Source
 from minimax_jax.layout.check import Layout
 from minimax_jax.layout.config import MiniMaxConfig
@@ -35,7 +35,7 @@ class Inspection:
         sidecar: source scales beside it, if there are any.
     """
 
-    path: Path
+    path: Location
     layout: Layout
     config: MiniMaxConfig
     files: int

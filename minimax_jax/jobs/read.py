@@ -29,7 +29,7 @@ def read_tree(path: str | Path, *, ignore: Collection[str] = ()) -> dict[str, Le
         CheckpointError: as `open_source`.
     """
     source = open_source(path, ignore=ignore)
-    with Reader(source.checkpoint) as reader:
+    with source.reader() as reader:
         views = {key: reader.view(info) for key, info in source.checkpoint.tensors.items()}
     if source.survey.layout == "hf":
         return dict(views)
@@ -42,7 +42,7 @@ def read_leaf(source: Source, reader: Reader, entry: Entry, first: int, dtype: n
     `dtype` is what FP8 weights are dequantised to; None keeps them.
     """
     if source.survey.layout == "hf":
-        tensors = {spec.key: reader.read(source.checkpoint.tensors[spec.key]) for spec in source.specs(entry)}
+        tensors = reader.read_many(source.checkpoint.tensors[spec.key] for spec in source.specs(entry))
         return load(entry, tensors, dtype)
     infos, rows = source.checkpoint.tensors, rows_of(entry, first)
     return native_leaf(entry, {spec.key: reader.read(infos[spec.key], *rows) for spec in source.specs(entry)})

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
+from rich.text import Text
 
+from minimax_jax.io.jsonfile import shown
+from minimax_jax.jobs.compare import RELATIONS, Comparison
 from minimax_jax.jobs.inspect import Inspection, Tally
 from minimax_jax.jobs.plan import Plan
 
 if TYPE_CHECKING:
+    from minimax_jax.jobs.certified import Held
     from minimax_jax.jobs.run import Report
-    from minimax_jax.jobs.verify import Verification
+    from minimax_jax.jobs.verification import Digested, LayerSummary, Verification
 
 _SHOWN = 20
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -118,14 +124,63 @@ def report_view(report: Report) -> Iterator[str]:
 
 def verification_view(seen: Verification) -> Iterator[Any]:
     """A verification to look at."""
+    if seen.sample is not None:
+        entries = f"{seen.sample.entries:,} of {seen.sample.of:,} entries"
+        yield f"a sample ({seen.sample.asked}): {entries}, the same each time; the rest was not looked at"
     for checkpoint in seen.checkpoints:
         tensors = f"{len(checkpoint.digests):,} tensors"
         yield f"{checkpoint.path} ({checkpoint.layout}): {tensors}, sha256 {checkpoint.sha256}"
-    if not seen.comparisons:
+        yield from _unusual_view(checkpoint)
+    yield _layer_table(seen.layers)
+    if seen.comparisons:
+        counts = (f"{seen.count(name):,} {name}" for name in ("identical", "equal", "different"))
+        yield f"weights: {', '.join(counts)}"
+        yield from _failure_view(list(seen.failures))
+    if seen.held is not None:
+        yield from _held_view(seen.held)
+    if seen.comparisons or seen.held is not None:
+        by = seen.by if seen.held is None else "bytes"
+        yield "the same" if seen.good else f"NOT the same by {by}"
+
+
+def _unusual_view(checkpoint: Digested) -> Iterator[str]:
+    found = checkpoint.unusual
+    if not found:
         return
-    counts = (f"{seen.count(name):,} {name}" for name in ("identical", "equal", "different"))
-    yield f"weights: {', '.join(counts)}"
-    failures = list(seen.failures)
+    kinds: Counter[str] = Counter()
+    for each in found:
+        kinds[each.what] += each.count
+    counts = ", ".join(f"{count:,} {what}" for what, count in kinds.items())
+    tensors = len({each.key for each in found})
+    yield f"  unusual numbers: {counts}, in {tensors:,} tensor{_s(tensors)}, first {found[0].key}"
+
+
+def _layer_table(layers: Sequence[LayerSummary]) -> Table:
+    """A row for each layer; of two checkpoints, one for each run of layers of which the same is to be said."""
+    if not layers or not layers[0].counts:
+        table = Table("layer", "tensors", "sha256", box=None)
+        for layer in layers:
+            table.add_row(_layer_name(layer.layer), f"{layer.tensors[0]:,}", layer.sha256[0][:16])
+        return table
+    table = Table("layers", *RELATIONS, "elements", "largest difference", box=None)
+    for facts, group in itertools.groupby(layers, key=_layer_facts):
+        numbers = [layer.layer for layer in group]
+        first, last = _layer_name(numbers[0]), _layer_name(numbers[-1])
+        table.add_row(first if len(numbers) == 1 else f"{first} to {last}", *facts[1:])
+    return table
+
+
+def _layer_facts(layer: LayerSummary) -> tuple[str, ...]:
+    counts = (f"{layer.counts[name]:,}" for name in RELATIONS)
+    kind = "outside" if layer.layer is None else "layer"
+    return (kind, *counts, f"{layer.differing:,}", f"{layer.max_abs:.3g}")
+
+
+def _layer_name(layer: int | None) -> str:
+    return "outside" if layer is None else str(layer)
+
+
+def _failure_view(failures: Sequence[Comparison]) -> Iterator[Any]:
     if failures:
         table = Table(
             Column("weight", overflow="fold"), "relation", "dtypes", "elements", "largest difference", box=None
@@ -136,7 +191,17 @@ def verification_view(seen: Verification) -> Iterator[Any]:
         yield table
     if len(failures) > _SHOWN:
         yield f"... and {len(failures) - _SHOWN:,} more"
-    yield "the same" if seen.good else f"NOT the same by {seen.by}"
+
+
+def _held_view(held: Held) -> Iterator[Any]:
+    files = f"{held.files:,} files" if held.files else "no files: another layout or division into files"
+    yield f"held against {held.file}, which speaks of {held.path}: {held.tensors:,} tensors, {files}"
+    if held.mismatches:
+        table = Table(Column("not as certified", overflow="fold"), "what", "expected", "got", box=None)
+        for each in held.mismatches:
+            told = (each.name, each.what, each.expected or "", each.got or "")
+            table.add_row(*(Text(shown(text)) for text in told))  # names come from a file: no markup, nothing hidden
+        yield table
 
 
 def certificate_view(seen: Verification) -> Iterator[Any]:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from minimax_jax.errors import FormatError, JobError, Problem, raise_if
+from minimax_jax.errors import JobError, Problem, raise_if
 from minimax_jax.io.checkpoint import side_files
-from minimax_jax.io.files import io_errors
 from minimax_jax.io.folder import appearing, workshop_of
 from minimax_jax.io.journal import Journal, has_records, read_journals
 from minimax_jax.io.jsonfile import write_json_atomic
-from minimax_jax.io.reader import Reader
+from minimax_jax.io.source import copy_file
 from minimax_jax.io.writer import Writer
 from minimax_jax.jobs.plan import Plan
 from minimax_jax.jobs.team import SOLO, Team
@@ -94,10 +92,13 @@ def run(
             _copy_side_files(plan, folder)
         team.wait("folder")
         found = _records(folder, stamp)
-        team.wait("journals")
+        if not team.leads:
+            team.wait("files")
+        writer = stack.enter_context(Writer(folder, plan.shards, beside=plan.sidecar, resume=True))
+        if team.leads:
+            team.wait("files")
         with Journal(folder.parent, stamp, process=team.index) as journal:
-            reader = stack.enter_context(Reader(plan.source.readable))
-            writer = stack.enter_context(Writer(folder, plan.shards, beside=plan.sidecar, resume=True))
+            reader = stack.enter_context(plan.source.reader())
             worker = Worker(plan, reader, writer, journal, found)
             _work(worker, plan.units[team.index :: team.count], ticker)
         team.wait("units")
@@ -111,7 +112,7 @@ def _folder(destination: str | Path, team: Team, *, restart: bool) -> AbstractCo
     """The folder to fill; the leader of a team makes it and gives it its name."""
     if team.leads:
         return appearing(destination, worth=has_records, restart=restart)
-    return team.follow(workshop_of(destination) / Path(destination).resolve().name)
+    return nullcontext(workshop_of(destination) / Path(destination).resolve().name)
 
 
 def _work(worker: Worker, units: Sequence[Unit], ticker: Ticker) -> None:
@@ -165,10 +166,8 @@ def _stamp(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "target", f"{plan.target.layout} {plan.target.dtype}"
     yield "config", _sha256(json.dumps(plan.config.to_dict(), sort_keys=True).encode())
     yield "division into files", _sha256(b"".join(shard.header for shard in (*plan.shards, *plan.sidecar)))
-    for file in plan.source.readable.files:
-        with io_errors(FormatError, "file cannot be opened", file):
-            status = file.stat()
-        yield f"source file {file}", f"{status.st_size:,} bytes of {status.st_mtime_ns}"
+    for file, state in plan.source.readable.states.items():
+        yield f"source file {file}", str(state)
 
 
 def _sha256(content: bytes) -> str:
@@ -189,5 +188,4 @@ def _report(plan: Plan, destination: Path, seconds: float, records: Mapping[str,
 
 def _copy_side_files(plan: Plan, folder: Path) -> None:
     for file in side_files(plan.source.path):
-        with io_errors(JobError, "side file cannot be copied", file):
-            shutil.copyfile(file, folder / file.name)
+        copy_file(file, folder / file.name)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from minimax_jax.errors import ConfigError, FormatError, LayoutError, Problem, raise_if
+from minimax_jax.io import source as places
 from minimax_jax.io.checkpoint import Checkpoint, open_checkpoint
-from minimax_jax.io.files import require_inside
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.jsonfile import shown
+from minimax_jax.io.location import Location, locate
+from minimax_jax.io.orbax import is_orbax
+from minimax_jax.io.reader import Reader
 from minimax_jax.layout.check import Survey, survey
-from minimax_jax.layout.config import MiniMaxConfig
+from minimax_jax.layout.config import CONFIG_NAME, MOST_CONFIG_BYTES, MiniMaxConfig
 from minimax_jax.layout.specs import Entry, TensorSpec
 from minimax_jax.layout.table import SCALE_SUFFIX
 
@@ -32,18 +34,24 @@ class Source:
     """An opened checkpoint.
 
     Attributes:
-        path: the folder or file that was named.
+        path: the folder or file that was named; a URL with its revision resolved.
         checkpoint: its files and tensors.
         config: its config; where a sidecar of source scales stands by, with the block size of those.
         survey: which layout it has, and the stored dtype of every entry.
         sidecar: block scales of the FP8 source, by native scale name; empty when there are none.
+        open_reader: makes the reader of its tensors: of a safetensors checkpoint, and of one in other files.
     """
 
-    path: Path
+    path: Location
     checkpoint: Checkpoint
     config: MiniMaxConfig
     survey: Survey
     sidecar: Mapping[str, TensorInfo]
+    open_reader: Callable[[Checkpoint], Reader] = Reader
+
+    def reader(self) -> Reader:
+        """A reader of the checkpoint and its sidecar."""
+        return self.open_reader(self.readable)
 
     @property
     def readable(self) -> Checkpoint:
@@ -75,30 +83,38 @@ def batches(entry: Entry, memory_bytes: int, most_bytes: int) -> Iterator[tuple[
         yield entry.narrow(slice(first, first + at_once)), first
 
 
-def open_source(path: str | Path, *, ignore: Collection[str] = ()) -> Source:
+def open_source(path: str | Location, *, ignore: Collection[str] = ()) -> Source:
     """Open a checkpoint and check all of it: config, headers, names, shapes, dtypes. No tensor is read.
 
     Args:
-        path: a folder, or one safetensors file with a config.json beside it.
+        path: a folder, or one safetensors file with a config.json beside it; or the URL of one: `hf://org/name`,
+            `hf://org/name@revision`, `s3://bucket/folder`, `gs://`, `https://`, and others that fsspec knows. Of a hub
+            repository, shards are fetched into the hub's cache when they are read; `?keep=N` behind its name keeps
+            at most N of them on disk at a time, and none for 0. A folder may also be an Orbax checkpoint.
         ignore: attributes of config.json to leave unread.
 
     Raises:
         ConfigError: config.json is missing, malformed or describes something unsupported.
-        FormatError: a damaged or incomplete safetensors file, index or sidecar.
+        FormatError: a damaged or incomplete safetensors file, index or sidecar; a server that refuses or fails.
         LayoutError: the tensors are not those that the config asks for.
     """
-    path = Path(path)
-    checkpoint = open_checkpoint(path)
-    folder = path if path.is_dir() else path.parent
-    config = MiniMaxConfig.from_pretrained(folder, ignore=ignore)
+    place = places.pin(locate(path))
+    if isinstance(place, Path) and is_orbax(place):
+        from minimax_jax.jobs.orbax_source import open_orbax  # which is made of what is here
+
+        return open_orbax(place, ignore=ignore)
+    checkpoint = open_checkpoint(place)
+    folder = place if places.is_folder(place) else place.parent
+    config = _read_config(folder, ignore)
     scales = _open_sidecar(folder)
     if scales is not None:
         config = _with_block_of(scales, config)
+        checkpoint = dataclasses.replace(checkpoint, states={**checkpoint.states, **scales.states})
     checked = survey(checkpoint.tensors, config)
     sidecar = {} if scales is None else scales.tensors
     raise_if(_misfits(sidecar, checked), LayoutError)
     raise_if(_unsized_blocks(checked, folder), ConfigError)
-    return Source(path=path, checkpoint=checkpoint, config=config, survey=checked, sidecar=sidecar)
+    return Source(path=place, checkpoint=checkpoint, config=config, survey=checked, sidecar=sidecar)
 
 
 def sidecar_metadata(config: MiniMaxConfig) -> dict[str, str]:
@@ -106,11 +122,22 @@ def sidecar_metadata(config: MiniMaxConfig) -> dict[str, str]:
     return {_SIDECAR_CONFIG: json.dumps(config.to_dict()[_SIDECAR_CONFIG], sort_keys=True)}
 
 
-def _open_sidecar(folder: Path) -> Checkpoint | None:
+def _read_config(folder: Location, ignore: Collection[str]) -> MiniMaxConfig:
+    if isinstance(folder, Path):
+        return MiniMaxConfig.from_pretrained(folder, ignore=ignore)
+    file = folder / CONFIG_NAME
+    try:
+        text = places.read_whole(file, most_bytes=MOST_CONFIG_BYTES, what=CONFIG_NAME)
+    except FormatError as error:
+        raise ConfigError(error.problems) from error
+    return MiniMaxConfig.from_json(text, file=str(file), ignore=ignore)
+
+
+def _open_sidecar(folder: Location) -> Checkpoint | None:
     file = folder / SIDECAR
-    if not os.path.lexists(file):
+    if not places.exists(file):
         return None
-    require_inside(file, folder)
+    places.require_within(file, folder)
     return open_checkpoint(file)
 
 
@@ -147,10 +174,8 @@ def _misfits(sidecar: Mapping[str, TensorInfo], checked: Survey) -> Iterator[Pro
             yield Problem(what=what, file=file, key=key, remedy=_WITHOUT_SIDECAR)
 
 
-def _unsized_blocks(checked: Survey, folder: Path) -> Iterator[Problem]:
+def _unsized_blocks(checked: Survey, folder: Location) -> Iterator[Problem]:
     """The problem of FP8 weights whose block size nobody tells: several may fit the grid of scales."""
     if checked.specs.config.weight_block_size is None and "F8_E4M3" in checked.dtypes.values():
         expected = "quantization_config with the weight_block_size of its FP8 weights"
-        yield Problem(
-            what="config.json without quantization_config", file=str(folder / "config.json"), expected=expected
-        )
+        yield Problem(what="config.json without quantization_config", file=str(folder / CONFIG_NAME), expected=expected)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from minimax_jax.errors import JobError, Problem
 
@@ -33,11 +31,6 @@ class Team:
     def leads(self) -> bool:
         """Whether this process makes the destination, and finishes it."""
         return self.index == 0
-
-    @contextmanager
-    def follow(self, folder: Path) -> Iterator[Path]:
-        """The folder that the leader makes."""
-        yield folder
 
 
 SOLO = Team()

@@ -20,8 +20,10 @@ from minimax_jax.layout import attributes, fields
 
 DEFAULT_BLOCK = (128, 128)
 
-_FILE_NAME = "config.json"
-_MOST_BYTES = 2**24
+CONFIG_NAME = "config.json"
+MOST_CONFIG_BYTES = 2**24
+
+_HUB = "hf://"
 _FORMS = "give a checkpoint folder, a config.json, or the name of a hub repository (org/name)"
 
 
@@ -90,13 +92,31 @@ class MiniMaxConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, ignore: Collection[str] = ()) -> MiniMaxConfig:
-        """Read the config of a checkpoint folder, of a config.json, or of a hub repository (`org/name`).
+        """Read the config of a checkpoint folder, of a config.json, or of a hub repository.
+
+        Args:
+            path: a folder or file; `org/name`, or `hf://org/name@revision`.
+            ignore: as in `from_dict`.
 
         Raises:
             ConfigError: as `from_dict`, and when there is no config.json at `path` or it is not JSON.
         """
         file = _locate(path)
-        return cls.from_dict(_parse(file), file=str(file), ignore=ignore)
+        return cls.from_json(_read(file), file=str(file), ignore=ignore)
+
+    @classmethod
+    def from_json(cls, text: bytes, *, file: str, ignore: Collection[str] = ()) -> MiniMaxConfig:
+        """Read the text of a config.json.
+
+        Args:
+            text: JSON in UTF-8.
+            file: where it came from, for messages.
+            ignore: as in `from_dict`.
+
+        Raises:
+            ConfigError: as `from_dict`, and when it is not JSON.
+        """
+        return cls.from_dict(_parse(text, file), file=file, ignore=ignore)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of config.json: the union of both forms, as vLLM, SGLang and transformers expect it."""
@@ -105,11 +125,13 @@ class MiniMaxConfig:
 
 def _locate(path: str | Path) -> Path:
     """The config.json that `path` means; only a path that does not exist can be the name of a hub repository."""
-    local = Path(path)
+    text, local = str(path), Path(path)
+    if text.startswith(_HUB):
+        return _download(text.removeprefix(_HUB).partition("?")[0].rstrip("/"))
     if local.is_dir():
-        local = local / _FILE_NAME
-    elif not local.exists() and _is_hub_id(str(path)):
-        return _download(str(path))
+        local = local / CONFIG_NAME
+    elif not local.exists() and _is_hub_id(text):
+        return _download(text)
     if not local.is_file():
         what = "not a regular file" if local.exists() else "no such file"
         raise ConfigError(Problem(what=what, file=str(local), remedy=_FORMS))
@@ -128,26 +150,37 @@ def _download(repository: str) -> Path:
         remedy = "pip install 'minimax_jax[hub]' to read from the hub, or " + _FORMS
         raise ConfigError(Problem(what="no such folder", file=repository, remedy=remedy)) from error
     try:
-        return Path(hf_hub_download(repository, _FILE_NAME))
+        name, _, revision = repository.partition("@")
+        return Path(hf_hub_download(name, CONFIG_NAME, revision=revision or None))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         what = "neither a local folder nor a hub repository that can be reached"
         raise ConfigError(Problem(what=what, file=repository, got=str(error), remedy=_FORMS)) from error
 
 
-def _parse(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; what other readers of it could read differently is refused."""
+def _read(file: Path) -> bytes:
     try:
         with file.open("rb") as stream:
-            text = stream.read(_MOST_BYTES + 1)
-        if len(text) > _MOST_BYTES:
-            raise ValueError(f"more than {_MOST_BYTES} bytes")
+            text = stream.read(MOST_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise _unreadable(str(file), error) from error
+    if len(text) > MOST_CONFIG_BYTES:
+        raise _unreadable(str(file), f"more than {MOST_CONFIG_BYTES} bytes")
+    return text
+
+
+def _parse(text: bytes, file: str) -> dict[str, Any]:
+    """The JSON object in a text; what other readers of it could read differently is refused."""
+    try:
         raw = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(Problem(what=f"{_FILE_NAME} cannot be read", file=str(file), got=str(error))) from error
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(file, error) from error
     if not isinstance(raw, dict):
-        what = f"{_FILE_NAME} is not a JSON object"
-        raise ConfigError(Problem(what=what, file=str(file), got=type(raw).__name__))
+        raise ConfigError(Problem(what=f"{CONFIG_NAME} is not a JSON object", file=file, got=type(raw).__name__))
     return raw
+
+
+def _unreadable(file: str, why: object) -> ConfigError:
+    return ConfigError(Problem(what=f"{CONFIG_NAME} cannot be read", file=file, got=str(why)))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Protocol
 
 from minimax_jax.errors import Problem
@@ -33,8 +32,8 @@ class Stored(Protocol):
         """Sizes of the axes."""
 
     @property
-    def file(self) -> Path | None:
-        """Where its bytes lie."""
+    def file(self) -> object:
+        """Where its bytes lie: what `str` makes a path or URL of, or None."""
 
 
 def problem_of(what: str, key: str, stored: Stored, *, expected: str, got: str, remedy: str | None = None) -> Problem:

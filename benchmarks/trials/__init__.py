@@ -1,0 +1,1 @@
+"""What `reliability.py` tries: kills, faults and bad inputs."""

@@ -1,0 +1,82 @@
+"""An Orbax checkpoint opened for work, as any other: its arrays, its config, and the proof that they fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from minimax_jax.io import orbax
+from minimax_jax.io.checkpoint import Checkpoint
+from minimax_jax.io.files import FileState, as_bytes
+from minimax_jax.io.header import TensorInfo
+from minimax_jax.io.location import Location
+from minimax_jax.io.orbax import Rows
+from minimax_jax.io.reader import Reader
+from minimax_jax.io.source import OpenFile
+from minimax_jax.jobs.source import Source
+from minimax_jax.layout.check import survey
+from minimax_jax.layout.config import MiniMaxConfig
+from minimax_jax.layout.specs import TensorSpec
+
+
+def open_orbax(path: str | Path, *, ignore: Collection[str] = ()) -> Source:
+    """Open an Orbax checkpoint of a native tree and check all of it but the values; `open_source` calls this.
+
+    Args:
+        path: the folder, with config.json in it.
+        ignore: attributes of config.json to leave unread.
+
+    Returns:
+        A source as any other; the file of a tensor is the checkpoint's folder and its name.
+
+    Raises:
+        ConfigError: config.json is missing, malformed or describes something unsupported.
+        FormatError: not an Orbax checkpoint of one flat tree, or an incomplete one.
+        LayoutError: the arrays are not those that the config asks for.
+        JobError: Orbax is not installed.
+    """
+    folder = Path(path)
+    arrays = orbax.describe(folder)
+    config = MiniMaxConfig.from_pretrained(folder, ignore=ignore)
+    tensors = {key: _info(array) for key, array in arrays.items()}
+    checkpoint = Checkpoint(path=folder, tensors=tensors, metadata={}, files=(), index_file=None)
+    checked = survey(tensors, config, layout="native")
+    return Source(
+        path=folder, checkpoint=checkpoint, config=config, survey=checked, sidecar={}, open_reader=OrbaxReader
+    )
+
+
+class OrbaxReader(Reader):
+    """Reads the arrays of an Orbax checkpoint that `open_orbax` has opened; they have no memory maps to be viewed."""
+
+    def _open(self, file: Location) -> OpenFile:
+        info = self.checkpoint.tensors[file.name]
+        return _Array(Rows(Path(str(self.checkpoint.path)), info.key), info)
+
+
+class _Array:
+    """The bytes of one array in row-major order, as those of a file."""
+
+    def __init__(self, rows: Rows, info: TensorInfo):
+        self.state = FileState(nbytes=info.nbytes, tag="Orbax")
+        self._rows, self._row_bytes = rows, info.nbytes // info.shape[0]
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from position `start` on, from the rows that hold it."""
+        first, offset = divmod(start, self._row_bytes)
+        stop = -(-(start + buffer.nbytes) // self._row_bytes)
+        held = as_bytes(self._rows.read(first, stop))
+        buffer[:] = held[offset : offset + buffer.nbytes]
+
+    def require_unchanged(self) -> None:
+        """Chunks are read by their own checks; there is no one file that could change."""
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _info(array: orbax.Stored) -> TensorInfo:
+    nbytes = TensorSpec(array.key, array.shape, array.dtype).nbytes
+    return TensorInfo(
+        key=array.key, dtype=array.dtype, shape=array.shape, file=array.file / array.key, start=0, stop=nbytes
+    )

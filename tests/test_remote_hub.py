@@ -1,0 +1,265 @@
+"""A checkpoint in a hub repository, through the real client against a stand-in of the hub on this machine."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import folders
+import pytest
+from huggingface_hub import constants
+from raw_safetensors import write_file
+from servers import COMMIT, Faults, HubHandler, serving
+
+import minimax_jax as mj
+from minimax_jax import synthetic
+from minimax_jax.errors import CheckpointError, ConfigError, FormatError
+from minimax_jax.io import hub, remote
+from minimax_jax.io.checkpoint import INDEX_NAME, open_checkpoint
+from minimax_jax.io.location import locate
+from minimax_jax.io.reader import Reader
+from minimax_jax.io.shelf import SMALL_BYTES
+from minimax_jax.io.source import pin
+
+REPOSITORY = "hf://org/tiny"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("made")
+    synthetic.synthesize(root / "hf", synthetic.config(layers=1, experts=3), shard_bytes=60_000)
+    return root / "hf"
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    monkeypatch.setattr(remote, "WAITS_SECONDS", (0.0,) * 3)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's own waits
+
+
+@pytest.fixture
+def at(tmp_path, monkeypatch):
+    """Point the client at a server, with an empty cache."""
+
+    def point(server):
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+        hub._files_of.cache_clear()
+        hub._shelf.cache_clear()
+        return server
+
+    return point
+
+
+@pytest.fixture
+def server(made, at):
+    with serving(made, HubHandler) as running:
+        yield at(running)
+
+
+def cached(tmp_path):
+    """The names of the files in the client's cache, and the bytes of all of them."""
+    blobs = (tmp_path / "cache").rglob("blobs/*")
+    links = {file.name for file in (tmp_path / "cache").rglob("snapshots/*/*")}
+    return links, sum(file.stat().st_size for file in blobs if file.is_file())
+
+
+@pytest.mark.parametrize("name", [REPOSITORY, f"{REPOSITORY}@main", f"{REPOSITORY}@{COMMIT}", f"{REPOSITORY}?keep=0"])
+def test_a_conversion_from_the_hub_is_that_of_the_folder_byte_for_byte(made, server, tmp_path, name):
+    mj.convert(made, tmp_path / "near")
+    mj.convert(name, tmp_path / "far")
+    assert folders.files(tmp_path / "far") == folders.files(tmp_path / "near")
+    assert "tokenizer.json" in folders.files(tmp_path / "far")
+    shards = {file.name for file in folders.weight_files(made)}
+    assert cached(tmp_path)[0] == (set() if name.endswith("keep=0") else shards)
+
+
+def test_shards_are_fetched_once(made, server, tmp_path):
+    mj.convert(REPOSITORY, tmp_path / "a")
+    sent = server.sent_bytes.total()
+    weights = sum(file.stat().st_size for file in folders.weight_files(made))
+    assert sent < 2.1 * weights  # and the headers, here as long as the block in which they are read
+    server.requests.clear()
+    mj.convert(REPOSITORY, tmp_path / "b")
+    assert server.asked() == []
+
+
+def test_inspect_reads_headers_only(at, tmp_path):
+    config = synthetic.config(real=True, layers=1, experts=8)
+    synthetic.synthesize(tmp_path / "hf", config, sparse=True, shard_bytes=50_000_000)
+    near = mj.inspect(tmp_path / "hf")
+    with serving(tmp_path / "hf", HubHandler) as running:
+        assert mj.inspect(at(running) and REPOSITORY).total == near.total
+        assert running.sent_bytes.total() <= near.files * remote.BLOCK_BYTES + 100_000
+        assert len(running.asked()) == near.files
+    assert cached(tmp_path) == (set(), 0)
+
+
+def test_the_revision_is_resolved_once(server):
+    assert str(mj.inspect(f"{REPOSITORY}@main").path) == f"{REPOSITORY}@{COMMIT}"
+    assert all("main" not in path for path in server.requests if "/resolve/" in path)
+    assert len([path for path in server.requests if path.startswith("/api/")]) == 2
+
+
+def test_offline_the_cache_is_the_source(made, server, tmp_path, monkeypatch):
+    mj.convert(REPOSITORY, tmp_path / "near")
+    mj.MiniMaxConfig.from_pretrained(REPOSITORY)
+    for file in made.iterdir():
+        hub._download(locate(f"{REPOSITORY}@{COMMIT}/{file.name}"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    server.faults = Faults(status=lambda path: 500)
+    mj.convert(f"{REPOSITORY}@{COMMIT}", tmp_path / "far")
+    assert folders.files(tmp_path / "far") == folders.files(tmp_path / "near")
+    with pytest.raises(FormatError, match="hub does not give this"):
+        mj.inspect("hf://org/other")
+
+
+def test_the_config_alone(made, server):
+    config = mj.MiniMaxConfig.from_pretrained(made)
+    for name in (REPOSITORY, f"{REPOSITORY}@main", "org/tiny"):
+        assert mj.MiniMaxConfig.from_pretrained(name) == config
+    for name in (f"{REPOSITORY}@other", "hf://org/other"):
+        with pytest.raises(ConfigError, match="hub repository"):
+            mj.MiniMaxConfig.from_pretrained(name)
+
+
+def test_a_sub_folder_or_a_file_of_a_repository(made, at, tmp_path):
+    shutil.copytree(made, tmp_path / "repository" / "part")
+    with serving(tmp_path / "repository", HubHandler) as running:
+        at(running)
+        for name in (f"{REPOSITORY}/part", f"{REPOSITORY}@main/part", f"{REPOSITORY}/part/{INDEX_NAME}"):
+            assert mj.inspect(name).total == mj.inspect(made).total
+        with pytest.raises(FormatError, match="no safetensors file here"):
+            mj.inspect(REPOSITORY)
+
+
+# --- bounded disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(at, tmp_path):
+    """Six shards of which each holds one tensor that is worth fetching and one that is not."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(6):
+        write_file(folder / f"model-{number}.safetensors", **{f"big{number}": (SMALL_BYTES,), f"small{number}": (9,)})
+    with serving(folder, HubHandler) as running:
+        yield at(running)
+
+
+def test_at_most_so_many_shards_are_on_disk(shards, tmp_path):
+    checkpoint = open_checkpoint(pin(locate(f"{REPOSITORY}?keep=2")))
+    size, seen = (shards.folder / "model-0.safetensors").stat().st_size, []
+    with Reader(checkpoint) as reader:
+        for number in (0, 1, 0, 2, 5, 0):
+            assert reader.read(checkpoint.tensors[f"big{number}"]).tobytes() == bytes(SMALL_BYTES)
+            names, nbytes = cached(tmp_path)
+            assert nbytes == len(names) * size
+            seen.append({int(name[6]) for name in names})
+    assert seen == [{0}, {0, 1}, {0, 1}, {0, 2}, {2, 5}, {5, 0}]
+    assert cached(tmp_path) == (set(), 0)
+
+
+def test_small_parts_of_a_shard_that_is_not_there_do_not_fetch_it(shards, tmp_path):
+    checkpoint = open_checkpoint(pin(locate(f"{REPOSITORY}?keep=2")))
+    with Reader(checkpoint) as reader:
+        for number in range(6):
+            assert reader.read(checkpoint.tensors[f"small{number}"]).tobytes() == b"\1" * 9
+        assert cached(tmp_path) == (set(), 0)
+
+
+def test_shards_that_were_there_before_are_left(shards, tmp_path):
+    hub._download(locate(f"{REPOSITORY}@{COMMIT}/model-3.safetensors"))
+    checkpoint = open_checkpoint(pin(locate(f"{REPOSITORY}?keep=2")))
+    with Reader(checkpoint) as reader:
+        for number in range(6):
+            reader.read(checkpoint.tensors[f"big{number}"])
+    assert cached(tmp_path)[0] == {"model-3.safetensors"}
+
+
+def test_a_blob_that_another_revision_has_too_is_left(shards, tmp_path):
+    url = locate(f"{REPOSITORY}@{COMMIT}/model-3.safetensors")
+    path = hub._download(url)
+    other = path.parent.parent / ("f" * 40) / path.name
+    other.parent.mkdir()
+    other.symlink_to(path.readlink())
+    hub._delete(path)
+    assert not path.exists() and other.read_bytes() == (shards.folder / path.name).read_bytes()
+
+
+def test_a_conversion_with_few_shards_on_disk(made, server, tmp_path, monkeypatch):
+    monkeypatch.setattr("minimax_jax.io.shelf.SMALL_BYTES", 1000)
+    mj.convert(made, tmp_path / "near")
+    mj.convert(f"{REPOSITORY}?keep=2", tmp_path / "far", workers=3)
+    assert folders.files(tmp_path / "far") == folders.files(tmp_path / "near")
+    assert cached(tmp_path) == (set(), 0)
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", ["", "?keep=0"])
+def test_a_hub_that_is_busy_is_asked_again(made, server, tmp_path, keep):
+    busy = iter([503, 500, 429, None] * 4)
+    server.faults = Faults(status=lambda path: next(busy, None))
+    assert mj.verify(REPOSITORY + keep, made).good
+
+
+def test_a_hub_that_stays_busy_is_an_error(server):
+    server.faults = Faults(status=lambda path: 503)
+    with pytest.raises(FormatError, match=r"keeps failing(.|\n)*hf://org/tiny"):
+        mj.inspect(REPOSITORY)
+
+
+@pytest.mark.parametrize("keep", ["", "?keep=0"])
+def test_connections_that_break(made, server, keep):
+    server.faults = Faults(drop_after=40_000, drops=30)
+    assert mj.verify(REPOSITORY + keep, made).good
+
+
+@pytest.mark.parametrize(
+    "name", ["hf://org/other", f"{REPOSITORY}@other", "hf://tiny", f"{REPOSITORY}?keep=1", f"{REPOSITORY}?kept=2"]
+)
+def test_what_is_not_there_or_makes_no_sense(server, name):
+    with pytest.raises(CheckpointError) as caught:
+        mj.inspect(name)
+    assert name.partition("?")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", ["1", "", "two", "-2"])
+def test_so_many_shards_cannot_be_kept(server, keep):
+    with pytest.raises(FormatError, match="no such number of shards"):
+        mj.inspect(f"{REPOSITORY}?keep={keep}")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_repository_that_is_not_for_everyone(server, status):
+    server.faults = Faults(status=lambda path: status)
+    with pytest.raises(FormatError, match="HF_TOKEN"):
+        mj.inspect(REPOSITORY)
+    assert len(server.requests) == 1
+
+
+def test_a_mirror_that_ignores_ranges(server):
+    server.faults = Faults(ignore_range=True)
+    with pytest.raises(FormatError, match="does not send the part"):
+        mj.inspect(REPOSITORY)
+
+
+def test_the_environment_says_where_the_hub_is(made, tmp_path):
+    with serving(made, HubHandler) as server:
+        known = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}
+        command = [sys.executable, "-m", "minimax_jax", "verify", REPOSITORY, str(made), "--json"]
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_CACHE"}
+        done = subprocess.run(command, env=environment | known, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{REPOSITORY}@{COMMIT}" in done.stdout and "hf_secret" not in done.stdout + done.stderr
+    asked = [headers for path, headers in zip(server.requests, server.headers, strict=True) if "org/tiny" in path]
+    assert asked and all(headers["authorization"] == "Bearer hf_secret" for headers in asked)
+    assert Path(tmp_path / "hub" / "models--org--tiny").is_dir()
