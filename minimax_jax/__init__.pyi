@@ -23,6 +23,10 @@ from .lora import group_lora as group_lora
 from .lora import merge_lora as merge_lora
 from .lora import to_param_wrapper as to_param_wrapper
 from .lora import ungroup_lora as ungroup_lora
+from .models.export import save_model as save_model
+from .models.load import load as load
+from .models.load import load_model as load_model
+from .models.sharding import Rules as Rules
 from .ops.fp8 import dequantize as dequantize
 from .ops.fp8 import quantize as quantize
 from .ops.scaled import BlockScaled as BlockScaled

@@ -28,6 +28,7 @@ from minimax_jax.leaves import group_scales as group_scales
 from minimax_jax.leaves import load as load
 from minimax_jax.leaves import native_leaf as native_leaf
 from minimax_jax.leaves import recast as recast
+from minimax_jax.leaves import scale_problems as scale_problems
 from minimax_jax.leaves import scales_by_key as scales_by_key
 from minimax_jax.ops.checks import Array, result_problems
 from minimax_jax.ops.fp8 import FP8
@@ -109,7 +110,7 @@ def to_hf(
     tensors = _stored_tree(native)
     checked = survey(_describe(tensors), config, layout="native", partial=partial)
     scales = scales or {}
-    raise_if([*_block_problems(native, checked), *_scale_problems(scales, checked)], LayoutError)
+    raise_if([*_block_problems(native, checked), *scale_problems(scales, checked.specs.entries)], LayoutError)
     excluded = None if exclude_key_regex is None else re.compile(exclude_key_regex)
     hf: dict[str, Array] = {}
     problems: list[Problem] = []
@@ -231,12 +232,3 @@ def _block_problems(native: Mapping[str, Leaf], checked: Survey) -> Iterator[Pro
             if (leaf.block, leaf.parts) != expected:
                 want, got = (f"block {block}, parts {parts}" for block, parts in (expected, (leaf.block, leaf.parts)))
                 yield Problem(what="wrong blocks of scales", key=key, expected=want, got=got)
-
-
-def _scale_problems(scales: Mapping[str, Array], checked: Survey) -> Iterator[Problem]:
-    grids = {entry.native + SCALE_SUFFIX: entry.grid for entry in checked.specs.entries if entry.row.scaled}
-    for key, array in _describe(_stored_tree(scales)).items():
-        expected = None if key not in grids else f"F32 {list(grids[key])}"
-        got = f"{array.dtype} {list(array.shape)}"
-        if got != expected:
-            yield Problem(what="not the source scales of a native tensor", key=key, expected=expected, got=got)

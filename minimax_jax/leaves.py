@@ -5,7 +5,7 @@ Nothing here checks names, shapes or dtypes: `minimax_jax.layout.check` has done
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias, cast
 
 import jax
@@ -128,6 +128,16 @@ def group_scales(entry: Entry, tensors: Mapping[str, Array]) -> Array:
     if not entry.row.grouped:
         return tensors[entry.keys[0][0] + SCALE_SUFFIX]
     return cast(Array, assemble([[tensors[key + SCALE_SUFFIX] for key in keys] for keys in entry.keys], None))
+
+
+def scale_problems(scales: Mapping[str, Array], entries: Iterable[Entry]) -> Iterator[Problem]:
+    """A problem for each of `scales`, by native scale name, that is not the grid of block scales of an entry."""
+    grids = {entry.native + SCALE_SUFFIX: entry.grid for entry in entries if entry.row.scaled}
+    for key, array in scales.items():
+        expected = None if key not in grids else f"float32 {list(grids[key])}"
+        got = f"{array.dtype} {list(array.shape)}" if hasattr(array, "shape") else type(array).__name__
+        if got != expected:
+            yield Problem(what="not the source scales of a native tensor", key=key, expected=expected, got=got)
 
 
 def scales_by_key(entry: Entry, scale_inv: Array) -> dict[str, Array]:

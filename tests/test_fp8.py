@@ -525,3 +525,19 @@ def test_grid_shape():
     assert grid_shape((7, 129, 1), (128, 128)) == (7, 2, 1)
     assert grid_shape((4, 384), (128, 128), parts=2) == (1, 4)
     assert float(jnp.finfo(FP8).max) == FP8_MAX
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("poison", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [(0, 0), (37, 200), (255, 383)])
+def test_one_nan_or_infinity_in_large_blocks_is_never_lost(dtype, poison, place, monkeypatch):
+    x = np.ones((256, 384), dtype)
+    x[place] = poison
+    with pytest.raises(NumericError, match="1 values are NaN or infinite"):
+        quantize(jnp.asarray(x))
+    scales = np.asarray(jax.jit(lambda x: quantize(x)[1])(x))
+    expected = np.zeros((2, 3), bool)
+    expected[place[0] // 128, place[1] // 128] = True
+    np.testing.assert_array_equal(np.isnan(scales), expected)
+    kept = jax.jit(lambda x: requantize(x, np.ones((2, 3), np.float32))[2])(x)
+    assert not kept.any()

@@ -1,14 +1,23 @@
-"""Mixture of experts: a float32 router with sigmoid scores, and experts in the native grouped layout as it is."""
+"""Mixture of experts: a float32 router with sigmoid scores, and experts in the native grouped layout as it is.
+
+Where the weights of the experts lie apart on a mesh, every device computes what its own experts add to all tokens, and
+the sums are added up over devices: activations travel, weights do not.
+"""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from minimax_jax.layout.config import MiniMaxConfig
-from minimax_jax.models.contract import Weight, contract, take
+from minimax_jax.models.contract import Slice, Weight, contract, take
 from minimax_jax.models.parts import Fixed, Leaves, trained
 
 _PICK_BELOW = 4
@@ -16,6 +25,19 @@ _PICK_BELOW = 4
 
 For a v5e the compiler estimates equal times at 1; the margin is for accelerators that launch each step from the host.
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Where experts lie.
+
+    Attributes:
+        mesh: the mesh of their devices.
+        axes: its axes that the experts are divided over.
+    """
+
+    mesh: Mesh | AbstractMesh
+    axes: tuple[str, ...]
 
 
 class Router(nnx.Module):
@@ -32,15 +54,24 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The weights of all experts: gate_and_up_projs [expert, hidden, 2*inter], down_projs [expert, inter, hidden]."""
+    """The weights of all experts: gate_and_up_projs [expert, hidden, 2*inter], down_projs [expert, inter, hidden].
+
+    They run where they lie: if both are given as arrays (or shapes with a sharding) whose experts are divided over
+    the same axes of a mesh, then over those axes, as `mix_spread` does it.
+    """
 
     def __init__(self, leaves: Leaves):
         self.gate_and_up_projs = trained(leaves["gate_and_up_projs"])
         self.down_projs = trained(leaves["down_projs"])
+        spread = spread_of(leaves["gate_and_up_projs"])
+        self.spread = spread if spread == spread_of(leaves["down_projs"]) else None
 
     def __call__(self, x: jax.Array, chosen: jax.Array, shares: jax.Array) -> jax.Array:
         """See `mix`."""
-        return mix(x, chosen, shares, self.gate_and_up_projs.get_value(), self.down_projs.get_value())
+        weights = self.gate_and_up_projs.get_value(), self.down_projs.get_value()
+        if self.spread is None:
+            return mix(x, chosen, shares, *weights)
+        return mix_spread(x, chosen, shares, *weights, spread=self.spread)
 
 
 class MoE(nnx.Module):
@@ -80,6 +111,18 @@ def route(x: jax.Array, weight: jax.Array, bias: jax.Array, k: int) -> tuple[jax
     return chosen, shares / shares.sum(axis=1, keepdims=True)
 
 
+def spread_of(weight: Any) -> Spread | None:
+    """Where the experts of a weight [..., expert, rows, cols] lie; None if all of them lie on every device."""
+    values = getattr(weight, "values", weight)
+    sharding = None if isinstance(values, jax.core.Tracer) else getattr(values, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    axes = (*sharding.spec, *(None for _ in values.shape))[len(values.shape) - 3]
+    axes = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+    divided = math.prod(sharding.mesh.shape[axis] for axis in axes) > 1
+    return Spread(mesh=sharding.mesh, axes=axes) if divided else None
+
+
 def mix(
     x: jax.Array, chosen: jax.Array, shares: jax.Array, gate_and_up: Weight, down: Weight, *, first: int | jax.Array = 0
 ) -> jax.Array:
@@ -100,25 +143,96 @@ def mix(
     Returns:
         [tokens, hidden], in the dtype of `x`; the sum is in float32.
     """
+    return _mix(x, chosen, shares, gate_and_up, down, first).astype(x.dtype)
+
+
+def mix_spread(
+    x: jax.Array, chosen: jax.Array, shares: jax.Array, gate_and_up: Weight, down: Weight, *, spread: Spread
+) -> jax.Array:
+    """As `mix`, on the devices where the experts lie; one sum over devices, float32 [tokens, hidden], is all traffic.
+
+    Args:
+        x: [tokens, hidden]; all tokens go to every device.
+        chosen: int32 [tokens, k].
+        shares: float32 [tokens, k].
+        gate_and_up: [expert, hidden, 2*inter], divided over the axes of `spread`.
+        down: [expert, inter, hidden], divided alike.
+        spread: the mesh, of automatic axes, and which of them.
+
+    Returns:
+        [tokens, hidden], in the dtype of `x`; the sum is in float32.
+    """
+
+    def own(x: jax.Array, chosen: jax.Array, shares: jax.Array, gate_and_up: Weight, down: Weight) -> jax.Array:
+        # Not left to be done where it is needed: rows gathered from `x` would not be summed up in its gradient.
+        x, chosen, shares = lax.pcast((x, chosen, shares), spread.axes, to="varying")
+        first = lax.axis_index(spread.axes) * down.shape[0]
+        mixed = _mix(x, chosen, shares, gate_and_up, down, first, skip=True)
+        total: jax.Array = lax.psum(mixed, spread.axes)  # type: ignore[no-untyped-call]
+        return total
+
+    everywhere = _spec()
+    weights = (_partition(weight, spread.axes) for weight in (gate_and_up, down))
+    run = jax.shard_map(
+        own,
+        mesh=spread.mesh,
+        in_specs=(everywhere, everywhere, everywhere, *weights),
+        out_specs=everywhere,
+        axis_names=set(spread.axes),
+    )
+    return run(x, chosen, shares, gate_and_up, down).astype(x.dtype)
+
+
+def _partition(weight: Weight, axes: tuple[str, ...]) -> Any:
+    """A tree of `PartitionSpec`s for a weight [expert, rows, cols], or for a slice of more."""
+    if isinstance(weight, Slice):
+        index = jax.tree.map(lambda _: _spec(), weight.index)
+        return Slice(whole=_partition(weight.whole, axes), index=index)
+    return jax.tree.map(lambda leaf: _spec(*(None,) * (leaf.ndim - 3), axes), weight)
+
+
+def _spec(*axes: tuple[str, ...] | None) -> PartitionSpec:
+    return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
+
+
+def _mix(
+    x: jax.Array,
+    chosen: jax.Array,
+    shares: jax.Array,
+    gate_and_up: Weight,
+    down: Weight,
+    first: int | jax.Array,
+    *,
+    skip: bool = False,
+) -> jax.Array:
+    """`mix` before its result is rounded: float32 [tokens, hidden]. `skip` as for `_picked`."""
     experts = down.shape[0]
     local = chosen.reshape(-1) - first
     local = jnp.where((local >= 0) & (local < experts), local, experts)
-    run = _picked if local.size * _PICK_BELOW <= experts else _grouped
-    out = run(x, local, gate_and_up, down)
+    few = local.size * _PICK_BELOW <= experts
+    out = _picked(x, local, gate_and_up, down, skip=skip) if few else _grouped(x, local, gate_and_up, down)
     out = jnp.where((local < experts)[:, None], out.astype(jnp.float32), 0).reshape(*chosen.shape, -1)
-    return (out * shares[:, :, None]).sum(axis=1).astype(x.dtype)  # not a dot: that may round float32 to bfloat16
+    return (out * shares[:, :, None]).sum(axis=1)  # not a dot: that may round float32 to bfloat16
 
 
-def _picked(x: jax.Array, local: jax.Array, gate_and_up: Weight, down: Weight) -> jax.Array:
-    """One choice after the other: only the weights that it needs are read, and one expert's at most are dequantised."""
+def _picked(x: jax.Array, local: jax.Array, gate_and_up: Weight, down: Weight, *, skip: bool) -> jax.Array:
+    """One choice after the other: only the weights that it needs are read, and one expert's at most are dequantised.
+
+    With `skip`, none are read for experts that are elsewhere.
+    """
+    experts = down.shape[0]
+
+    def run(row: jax.Array, expert: jax.Array) -> jax.Array:
+        inner = _gated(contract(jnp.matmul, row, take(gate_and_up, expert.clip(max=experts - 1))))
+        return contract(jnp.matmul, inner, take(down, expert.clip(max=experts - 1)))
 
     def one(choice: tuple[jax.Array, jax.Array]) -> jax.Array:
-        row, expert = choice
-        inner = _gated(contract(jnp.matmul, row, take(gate_and_up, expert)))
-        return contract(jnp.matmul, inner, take(down, expert))
+        if not skip:
+            return run(*choice)
+        result: jax.Array = lax.cond(choice[1] < experts, run, lambda row, _: jnp.zeros_like(row), *choice)
+        return result
 
-    rows = jnp.repeat(x, local.size // x.shape[0], axis=0)
-    out: jax.Array = lax.map(one, (rows, local.clip(max=down.shape[0] - 1)))
+    out: jax.Array = lax.map(one, (jnp.repeat(x, local.size // x.shape[0], axis=0), local))
     return out
 
 

@@ -51,7 +51,9 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Ids [batch, time] to rows [batch, time, hidden]; an id beyond the vocabulary becomes NaN."""
-        return jnp.take(self.weight.get_value(), tokens, axis=0, mode="fill")
+        # Of one id alone XLA makes a slice, for which a table that is divided over devices would go to all of them.
+        ids = tokens if tokens.size > 1 else jnp.repeat(tokens, 2, axis=1)
+        return jnp.take(self.weight.get_value(), ids, axis=0, mode="fill")[:, : tokens.shape[1]]
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., hidden] to float32 [..., vocab]."""

@@ -229,15 +229,27 @@ def _limit(scale_inv: jax.Array) -> jax.Array:
 def _block_amax(x: jax.Array, block: Block, parts: int) -> jax.Array:
     """Largest magnitude of each block, float32; NaN or infinity if there is one in it.
 
-    Rows first, since splitting only the row axis costs no change of layout, and what is left is small. Maximum and
-    minimum, because a TPU does not fuse `abs` into the reduction but writes it out.
+    Rows first, since splitting only the row axis costs no change of layout, and what is left is small.
     """
     *lead, _, cols = x.shape
     x = _pad(x, -2, block[0]).reshape(*lead, -1, block[0], cols)
-    size = jnp.maximum(x.max(-2), -x.min(-2))
+    size: jax.Array = lax.platform_dependent(x, cpu=_row_amax_by_bits, default=_row_amax)
     size = _pad(size.reshape(*size.shape[:-1], parts, cols // parts), -1, block[1])
     size = size.reshape(*size.shape[:-2], -1, block[1]).max(-1)
-    return jnp.abs(size.astype(jnp.float32))
+    return lax.bitcast_convert_type(size, x.dtype).astype(jnp.float32)
+
+
+def _row_amax(x: jax.Array) -> jax.Array:
+    """Bits of the largest magnitude of each column of blocks.
+
+    Maximum and minimum, because a TPU does not fuse `abs`, or anything else, into the reduction but writes it out.
+    """
+    return bits_of(jnp.abs(jnp.maximum(x.max(-2), -x.min(-2))))
+
+
+def _row_amax_by_bits(x: jax.Array) -> jax.Array:
+    """The same by the bits without the sign, which order numbers, infinity and NaN: XLA's CPU maximum loses NaN."""
+    return (bits_of(x) << 1).max(-2) >> 1
 
 
 def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
