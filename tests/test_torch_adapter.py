@@ -13,6 +13,7 @@ from helpers import config
 from nemo_oracle import (
     MoESplitExpertsStateDictMixin,
     StateDictAdapter,
+    assert_same,
     bits,
     checkpoint,
     differences,
@@ -20,12 +21,15 @@ from nemo_oracle import (
     nemo_module,
     our_adapter,
 )
+from test_torch_fp8 import random_matrix
+from test_torch_mesh import rank_of
 
 import minimax_jax.ops.fp8
+import minimax_jax.ops.host
 import torch_bridge.experts
 from minimax_jax.errors import ConfigError, LayoutError, NumericError
 from torch_bridge import NON_QUANTIZED_KEY_PATTERNS, MiniMaxM2StateDictAdapter, fp8, should_quantize_key
-from torch_bridge.arrays import as_numpy
+from torch_bridge.arrays import as_numpy, to_torch
 
 LAYER = "model.layers.0."
 MOE = LAYER + "block_sparse_moe."
@@ -134,6 +138,29 @@ def test_all_ways_on_cpu_give_the_same_bits(cfg, monkeypatch, kernels, scaled):
     assert differences(our_adapter(cfg).to_hf(want), nemo_adapter(cfg).to_hf(dict(want))) == []
 
 
+@pytest.mark.parametrize("scaled", ["F8_E4M3", "F32"])
+def test_matrices_of_several_bands_give_the_same_bits(cfg, native, monkeypatch, scaled):
+    monkeypatch.setenv("MINIMAX_JAX_CPU", "xla")
+    monkeypatch.setattr(torch_bridge.experts, "_BAND", 1)  # of one block then: 320 columns are three, one in part
+    bands, cut = [], torch_bridge.experts._band
+    monkeypatch.setattr(torch_bridge.experts, "_band", lambda *args: bands.append(args[1]) or cut(*args))
+    want = nemo_adapter(cfg).from_hf(checkpoint(cfg, scaled))
+    assert differences(our_adapter(cfg).from_hf(checkpoint(cfg, scaled)), want) == []
+    assert set(bands) == {0, 128, 256}
+
+
+@pytest.mark.parametrize("offset", [(0, 0), (128, 128), (30, 100), (5, 250)])
+def test_bands_of_a_slice_that_begins_anywhere(monkeypatch, offset):
+    monkeypatch.setenv("MINIMAX_JAX_CPU", "xla")
+    monkeypatch.setattr(torch_bridge.experts, "_BAND", 1)
+    codes, scales = (to_torch(array) for array in random_matrix(np.random.default_rng(0), (300, 700), fp8.BLOCK))
+    want = fp8.dequantize_torch(codes, scales, torch.bfloat16)[offset[0] :, offset[1] :]
+    part = torch_bridge.experts.Part(codes[offset[0] :, offset[1] :], scales, offset)
+    out = torch.empty(1, *want.T.shape, dtype=torch.bfloat16)
+    torch_bridge.experts.fill(out, [torch_bridge.experts.Filling(out[0], (part,))], fp8.BLOCK)
+    assert_same(out[0].T, want)
+
+
 @pytest.mark.parametrize("scale", [2e-38, 1e38, float("inf"), 0.0, -1.0])
 def test_scales_that_are_not_ordinary(cfg, monkeypatch, scale):
     monkeypatch.setenv("MINIMAX_JAX_CPU", "numba")
@@ -147,15 +174,43 @@ def test_scales_that_are_not_ordinary(cfg, monkeypatch, scale):
     assert ((got == want) | (got == 0))[flushed].all()
 
 
-@pytest.mark.parametrize("scaled", ["F8_E4M3", "F32"])
-def test_other_devices_stay_in_torch_with_the_same_bits(cfg, native, monkeypatch, scaled):
-    hf = our_adapter(cfg).to_hf(native, quantization=True)
+@pytest.fixture
+def as_on_another_device(monkeypatch):
+    """CPU tensors take the way of those of other devices: torch alone, JAX is out of reach."""
     monkeypatch.setattr(fp8, "on_cpu", lambda *_: False)
-    for name in ("dequantize", "quantize"):
-        monkeypatch.setattr(minimax_jax.ops.fp8, name, None)
-    want = nemo_adapter(cfg).from_hf(checkpoint(cfg, scaled))
-    assert differences(our_adapter(cfg).from_hf(checkpoint(cfg, scaled)), want) == []
-    assert differences(our_adapter(cfg).to_hf(native, quantization=True), hf) == []
+    for module, names in (
+        (minimax_jax.ops.fp8, ("dequantize", "quantize")),
+        (minimax_jax.ops.host, ("kernels_for",)),
+        (torch_bridge.experts, ("_turned", "_row_major", "as_numpy")),
+        (fp8, ("to_jax", "to_torch")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("scaled", ["F8_E4M3", "BF16", "F32"])
+def test_other_devices_stay_in_torch_with_the_same_bits(cfg, request, scaled, dtype):
+    jitted = our_adapter(cfg, dtype).from_hf(checkpoint(cfg, scaled))
+    codes = {name: our_adapter(cfg).to_hf(jitted, quantization=name) for name in (False, True)}
+    request.getfixturevalue("as_on_another_device")
+    native = our_adapter(cfg, dtype).from_hf(checkpoint(cfg, scaled))
+    assert differences(native, jitted) == []
+    assert differences(native, nemo_adapter(cfg, dtype).from_hf(checkpoint(cfg, scaled))) == []
+    for quantization, hf in codes.items():
+        assert differences(our_adapter(cfg).to_hf(native, quantization=quantization), hf) == []
+
+
+@pytest.mark.parametrize("hidden", [512, 320])  # a half is whole blocks, or is not
+def test_other_devices_convert_the_experts_of_a_rank_with_the_same_bits(request, hidden):
+    cfg = config(hidden_size=hidden, intermediate_size=256, num_hidden_layers=1, num_local_experts=2)
+    want = our_adapter(cfg).from_hf(checkpoint(cfg))
+    request.getfixturevalue("as_on_another_device")
+    for rank in range(4):
+        with rank_of(rank, ep_shard=2, ep=2) as mesh:
+            native = our_adapter(cfg).from_hf(checkpoint(cfg), mesh)
+            for name in (GATE_UP, DOWN):
+                assert_same(native[name].to_local(), want[name].chunk(2, 1)[rank // 2].chunk(2, 0)[rank % 2])
 
 
 @pytest.mark.parametrize("wrap", [lambda t: t.T.contiguous().T, lambda t: torch.nn.Parameter(t, False), slice])

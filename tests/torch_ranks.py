@@ -11,11 +11,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import torch
 import torch.distributed as dist
 from helpers import config as config_of
-from nemo_oracle import assert_same, create_dtensor_from_local, nemo_adapter
+from lora_cases import CFG as LORA_CFG
+from lora_cases import NEMO, random_lora
+from nemo_oracle import assert_same, create_dtensor_from_local, differences, nemo_adapter
 from nemo_oracle import checkpoint as random_checkpoint
 from nemo_oracle import our_adapter as ours
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch_helpers import in_torch
 
 from minimax_jax.errors import LayoutError, NumericError
 
@@ -418,3 +421,25 @@ def a_float_checkpoint_is_loaded_into_the_model_itself():
         for name, tensor in native.items():
             assert_same(whole(tensor), reference(cfg)[name])
             assert len(placements) > 1 or tensor is model[name], name
+
+
+# ---- LoRA of experts
+
+
+@scenario
+def lora_of_experts_as_dtensors():
+    half, nemo = dist.get_world_size() // 2, nemo_adapter(LORA_CFG)
+    factors = nemo.from_hf(in_torch(random_lora(NEMO, cfg=LORA_CFG)))
+    wrapped = nemo.to_hf(dict(factors))
+    per_expert = nemo.to_hf(dict(factors), v4_compatible=True)
+    for dims, placements in (({"ep": 2 * half}, (Shard(0),)), ({"ep_shard": 2, "ep": half}, (Shard(1), Shard(0)))):
+        mesh = mesh_of(**dims)
+        native = {name: distribute(tensor, mesh, placements) for name, tensor in factors.items()}
+        assert differences(ours(LORA_CFG).to_hf(native), wrapped) == []
+        got = ours(LORA_CFG).to_hf(native, v4_compatible=True)
+        mine = piece(torch.arange(LORA_CFG.num_local_experts), mesh["ep"], (Shard(0),)).tolist()
+        assert {int(key.split("experts.")[1].split(".")[0]) for key in got} == set(mine)
+        assert differences(got, {key: per_expert[key] for key in got}) == []
+        assert differences(ours(LORA_CFG).from_hf(dict(wrapped), mesh), nemo.from_hf(dict(wrapped), mesh)) == []
+        spread = {key: distribute(tensor, mesh, (Shard(0), REPLICATE)[: mesh.ndim]) for key, tensor in wrapped.items()}
+        assert differences(ours(LORA_CFG).from_hf(spread), factors) == []

@@ -1,6 +1,16 @@
-"""MiniMax-M2 checkpoints for torch: NeMo AutoModel's adapter, and tensors shared with JAX."""
+"""MiniMax-M2 checkpoints for torch: NeMo AutoModel's adapter, streaming into and out of modules, shared tensors."""
 
 from torch_bridge.adapter import NON_QUANTIZED_KEY_PATTERNS, MiniMaxM2StateDictAdapter, should_quantize_key
 from torch_bridge.arrays import to_jax, to_torch
+from torch_bridge.load import load_into
+from torch_bridge.save import save_hf
 
-__all__ = ["NON_QUANTIZED_KEY_PATTERNS", "MiniMaxM2StateDictAdapter", "should_quantize_key", "to_jax", "to_torch"]
+__all__ = [
+    "NON_QUANTIZED_KEY_PATTERNS",
+    "MiniMaxM2StateDictAdapter",
+    "load_into",
+    "save_hf",
+    "should_quantize_key",
+    "to_jax",
+    "to_torch",
+]

@@ -7,6 +7,8 @@ What NeMo does right comes out bit for bit. What differs, and why:
 - FP8 without scales, scales without their weight, an incomplete grid of experts and misnamed experts are errors.
 - Block scales are found by global row and column, so that dequantisation is right wherever a shard begins.
 - Experts that do not divide among ranks lie as DTensor's `Shard(0)` has them, and so do the parameters they load into.
+- Expert LoRA loses nothing: where gate and up have an A each, the second is kept by `concatenate_lora`, or it is an
+  error. The published names of experts are read, and written by `lora_names="hub"`.
 - Nothing is remembered from one call to the next: the prefix of a name is that of the name it came from.
 """
 
@@ -21,12 +23,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from minimax_jax.errors import ConfigError, LayoutError, Problem, raise_if
 from minimax_jax.layout.table import NON_QUANTIZED_KEY_PATTERNS, SCALE_SUFFIX, should_quantize_key
-from torch_bridge import export, matrices, nemo
-from torch_bridge.experts import Filling, Part, fill
+from torch_bridge import export, lora, matrices, nemo
+from torch_bridge.assembly import assemble
 from torch_bridge.fp8 import WEIGHTS
-from torch_bridge.mesh import cut, experts_layout, local_of, whole
-from torch_bridge.names import LORA, NATIVE_EXPERTS, Names, Sizes
-from torch_bridge.plan import Group, native_problems, plan, scaled_weights
+from torch_bridge.mesh import experts_layout
+from torch_bridge.names import NATIVE_EXPERTS, Names, Sizes
+from torch_bridge.plan import plan, scaled_weights, wrong_experts
 
 __all__ = ["NON_QUANTIZED_KEY_PATTERNS", "MiniMaxM2StateDictAdapter", "should_quantize_key"]
 
@@ -66,7 +68,13 @@ class MiniMaxM2StateDictAdapter:
         return nemo.without_bases(type(self)), (self.config, self.moe_config, self.backend, self.dtype)
 
     def from_hf(
-        self, hf_state_dict: MutableMapping[str, Any], device_mesh: DeviceMesh | None = None, **_kwargs: Any
+        self,
+        hf_state_dict: MutableMapping[str, Any],
+        device_mesh: DeviceMesh | None = None,
+        *,
+        concatenate_lora: bool = False,
+        legacy_paramwrapper_layout: bool | None = None,
+        **_kwargs: Any,
     ) -> dict[str, Any]:
         """Convert Hugging Face tensors to native ones, taking them out of the dict one by one.
 
@@ -78,6 +86,8 @@ class MiniMaxM2StateDictAdapter:
             hf_state_dict: tensors by Hugging Face name, under any prefix; FP8 weights beside their `_scale_inv`.
                 DTensors may lie as they like, if this rank holds what it needs of experts.
             device_mesh: a mesh of NeMo's `ep`, `ep_shard` and `ep_replicate`: each rank converts its experts alone.
+            concatenate_lora: keep an A each for gate and up, at twice the rank (see `minimax_jax.lora`).
+            legacy_paramwrapper_layout: whether PEFT 0.19.0 or older laid LoRA out; None finds out from the shapes.
 
         Returns:
             Tensors by native name. Grouped experts, `[experts, hidden, 2*inter]` and `[experts, inter, hidden]`, and
@@ -85,21 +95,33 @@ class MiniMaxM2StateDictAdapter:
             keys that the layout does not know, and experts that were read into `load_destinations`.
 
         Raises:
-            LayoutError: everything that is wrong: see `torch_bridge.plan.plan`.
+            LayoutError: everything that is wrong: see `torch_bridge.plan.plan` and `minimax_jax.lora`.
         """
         todo = plan(hf_state_dict, self._sizes, None if device_mesh is None else experts_layout(device_mesh))
-        for key in todo.dropped:
+        adapters = {key: hf_state_dict[key] for key in todo.lora}
+        adapters = self._lora_from_hf(adapters, concatenate_lora, legacy_paramwrapper_layout)
+        for key in [*todo.dropped, *todo.lora]:
             del hf_state_dict[key]
-        native = {group.entry.native: self._assemble(group, hf_state_dict) for group in todo.groups}
+        native = {group.entry.native: assemble(group, hf_state_dict, self.dtype) for group in todo.groups}
         native |= {name: self._take_scaled(key, hf_state_dict) for key, name in todo.scaled.items()}
         native |= {name: hf_state_dict.pop(key) for key, name in todo.kept.items()}
-        return native | self._lora_from_hf({key: hf_state_dict.pop(key) for key in todo.lora})
+        return native | adapters
 
     def convert_from_hf(
-        self, hf_state_dict: Mapping[str, Any], device_mesh: DeviceMesh | None = None
+        self,
+        hf_state_dict: Mapping[str, Any],
+        device_mesh: DeviceMesh | None = None,
+        *,
+        concatenate_lora: bool = False,
+        legacy_paramwrapper_layout: bool | None = None,
     ) -> dict[str, Any]:
         """`from_hf` that leaves its input as it is."""
-        return self.from_hf(dict(hf_state_dict), device_mesh)
+        return self.from_hf(
+            dict(hf_state_dict),
+            device_mesh,
+            concatenate_lora=concatenate_lora,
+            legacy_paramwrapper_layout=legacy_paramwrapper_layout,
+        )
 
     def to_hf(
         self,
@@ -108,7 +130,11 @@ class MiniMaxM2StateDictAdapter:
         quantization: bool = False,
         *,
         for_checkpoint_load: bool = False,
-        **lora: Any,
+        v4_compatible: bool = False,
+        legacy_paramwrapper_layout: bool = False,
+        lora_names: lora.Names = "nemo",
+        concatenated_lora: bool = False,
+        **_kwargs: Any,
     ) -> dict[str, Any]:
         """Convert native tensors to Hugging Face ones; the inverse of `from_hf`.
 
@@ -118,19 +144,23 @@ class MiniMaxM2StateDictAdapter:
             quantization: write block-scaled weights as FP8 with real scales. For sharded DTensors this is a
                 collective: every rank must call it alike.
             for_checkpoint_load: what NeMo's loader says to get `load_destinations` instead.
-            **lora: how NeMo's callers want LoRA tensors: `v4_compatible`, `legacy_paramwrapper_layout`. What they pass
-                besides (`device_mesh`) has no effect: the tensors themselves say how they lie.
+            v4_compatible: write expert LoRA for each expert, as PEFT stores that of linear layers; else as PEFT's
+                ParamWrapper, of all experts of a layer.
+            legacy_paramwrapper_layout: ParamWrapper as PEFT 0.19.0 and older laid it out.
+            lora_names: names of experts in LoRA for each: NeMo's, or `hub` for the published ones.
+            concatenated_lora: take apart what `concatenate_lora` made, in LoRA for each expert.
 
         Returns:
             Tensors by Hugging Face name; of experts, those that this rank holds. Experts are contiguous copies, other
-            tensors that stay as they are the caller's own.
+            tensors that stay as they are the caller's own. Expert LoRA is new and plain.
 
         Raises:
-            LayoutError: grouped experts of a wrong shape or dtype, or sharded in a way that cannot be taken apart.
+            LayoutError: grouped experts or LoRA of a wrong shape or dtype, or sharded beyond being taken apart.
             NumericError: NaN or infinity in a weight to be quantised.
         """
-        form = _form(quantization, for_checkpoint_load)
-        return dict(self._convert(state_dict, form, exclude_key_regex, lora))
+        form = export.form_of(quantization, for_checkpoint_load)
+        factors = lora.Form(v4_compatible, lora_names, concatenated_lora, legacy_paramwrapper_layout)
+        return dict(self._convert(state_dict, form, exclude_key_regex, factors))
 
     def convert_single_tensor_to_hf(
         self,
@@ -140,15 +170,20 @@ class MiniMaxM2StateDictAdapter:
         exclude_key_regex: str | None = None,
         quantization: bool = False,
         for_checkpoint_load: bool = False,
-        **lora: Any,
+        v4_compatible: bool = False,
+        legacy_paramwrapper_layout: bool = False,
+        lora_names: lora.Names = "nemo",
+        concatenated_lora: bool = False,
+        **_kwargs: Any,
     ) -> list[tuple[str, Any]]:
         """Convert one native tensor; arguments, results and errors as in `to_hf`.
 
         Returns:
             Pairs of name and tensor, expert by expert; FP8 weights have their scales behind them.
         """
-        form = _form(quantization, for_checkpoint_load)
-        return list(self._convert({fqn: tensor}, form, exclude_key_regex, lora))
+        form = export.form_of(quantization, for_checkpoint_load)
+        factors = lora.Form(v4_compatible, lora_names, concatenated_lora, legacy_paramwrapper_layout)
+        return list(self._convert({fqn: tensor}, form, exclude_key_regex, factors))
 
     def load_destinations(
         self, state_dict: Mapping[str, Any], exclude_key_regex: str | None = None, quantization: bool = False
@@ -167,11 +202,11 @@ class MiniMaxM2StateDictAdapter:
         Raises:
             LayoutError: as in `to_hf`.
         """
-        return dict(self._convert(state_dict, _form(quantization, True), exclude_key_regex, {}))
+        return dict(self._convert(state_dict, export.form_of(quantization, True), exclude_key_regex, lora.Form()))
 
     def get_hf_state_dict_keys(self, state_dict: Mapping[str, Any]) -> list[str]:
         """The names that `to_hf` gives, without `_extra_state`, from names and layouts alone."""
-        pairs = self._convert(state_dict, export.name, r".*_extra_state.*", {})
+        pairs = self._convert(state_dict, export.name, r".*_extra_state.*", lora.Form())
         return [key for key, _ in pairs]
 
     @property
@@ -224,71 +259,32 @@ class MiniMaxM2StateDictAdapter:
         """The inverse of `_hf_key_to_native`."""
         return Names(self._sizes, {key: None}).native_to_hf(key)
 
-    def _assemble(self, group: Group, tensors: MutableMapping[str, Any]) -> torch.Tensor:
-        local, layout = group.local, group.layout
-        if group.owner is not None:
-            for keys in local.keys:
-                for key in keys:
-                    del tensors[key]
-            return group.owner
-        like = next((local_of(tensors[key]) for keys in local.keys for key in keys), torch.empty(0))
-        out = torch.empty([len(part) for part in group.region], dtype=self.dtype, device=like.device)
-        fill(out, _fillings(group, out, tensors), group.entry.block)
-        return out if layout is None else layout.wrap(out, group.entry.shape)
-
     def _take_scaled(self, key: str, tensors: MutableMapping[str, Any]) -> torch.Tensor:
         weight, scale_inv = tensors.pop(key), tensors.pop(key + SCALE_SUFFIX)
         return matrices.dequantize(weight, scale_inv, self.dtype, block=self._sizes.block)
 
     def _convert(
-        self, state_dict: Mapping[str, Any], form: export.Form, exclude: str | None, lora: Mapping[str, Any]
+        self, state_dict: Mapping[str, Any], form: export.Form, exclude: str | None, factors: lora.Form
     ) -> Iterator[tuple[str, Any]]:
         names = Names(self._sizes, state_dict)
-        raise_if(_wrong_experts(names, state_dict), LayoutError)
+        raise_if([*wrong_experts(names, state_dict), *lora.problems(state_dict, names.config)], LayoutError)
         excluded = re.compile(exclude).match if exclude else _nothing
         for fqn, tensor in state_dict.items():
             entry = names.native(fqn)
-            if LORA in fqn:
-                yield from (pair for pair in self._lora_to_hf({fqn: tensor}, **lora).items() if not excluded(pair[0]))
+            if lora.is_factor(fqn, tensor):
+                adapters = lora.ungroup(fqn, tensor, names.config, factors)
+                yield from (pair for pair in adapters.items() if not excluded(pair[0]))
             elif entry is None or not isinstance(tensor, torch.Tensor):
                 yield from (pair for pair in [(names.native_to_hf(fqn), tensor)] if not excluded(pair[0]))
             else:
                 weights = (weight for weight in export.weights(entry, tensor) if not excluded(weight.key))
                 yield from (pair for weight in weights for pair in form(weight))
 
-    def _lora_from_hf(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Native LoRA tensors of those of a state dict: as they are."""
-        return tensors
-
-    def _lora_to_hf(self, tensors: dict[str, Any], **_how: Any) -> dict[str, Any]:
-        """Hugging Face's LoRA tensors of native ones: as they are."""
-        return tensors
-
-
-def _form(quantization: bool, for_checkpoint_load: bool) -> export.Form:
-    if for_checkpoint_load:
-        return export.fp8_destination if quantization else export.destination
-    return export.fp8_data if quantization else export.data
-
-
-def _wrong_experts(names: Names, state_dict: Mapping[str, Any]) -> Iterator[Problem]:
-    for fqn, tensor in state_dict.items():
-        entry = names.native(fqn)
-        if entry is not None and entry.row.grouped:
-            yield from native_problems(entry, tensor)
-
-
-def _fillings(group: Group, out: torch.Tensor, tensors: MutableMapping[str, Any]) -> Iterator[Filling]:
-    """What fills `out`, this rank's part of a grouped tensor; matrices leave `tensors` as they are asked for."""
-    region = group.matrix_region
-    offset = (region[0].start, region[1].start)
-    for expert, keys in zip(out, group.local.keys, strict=True):
-        scales = [tensors.pop(key + SCALE_SUFFIX, None) for key in keys]
-        parts = (
-            Part(cut(tensors.pop(key), region), None if scale_inv is None else whole(scale_inv), offset)
-            for key, scale_inv in zip(keys, scales, strict=True)
-        )
-        yield Filling(expert, tuple(parts))
+    def _lora_from_hf(self, tensors: Mapping[str, Any], concatenate: bool, legacy: bool | None) -> dict[str, Any]:
+        """Native LoRA tensors of those of a state dict; NeMo's loader may have left word of their layout."""
+        if legacy is None:
+            legacy = lora.legacy_of(self._paramwrapper_layout_hint)
+        return lora.group(tensors, Names(self._sizes, tensors).config, concatenate=concatenate, legacy=legacy)
 
 
 def _nothing(_key: str) -> None:

@@ -2,8 +2,8 @@
 
 On CPU the kernels of `minimax_jax.ops.host` do it in one pass over memory, where there are any. Else each matrix is
 transposed as it is: codes at one byte, before they are dequantised, and by PJRT's transposing copy, which is several
-times faster than XLA's or torch's. Either way it goes straight to its place in the result, so that besides the result
-no more than a few matrices are in memory.
+times faster than XLA's or torch's; a band of columns at a time, so that temporaries stay small. Either way it goes
+straight to its place in the result, so that besides the result no more than a few matrices are in memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from torch_bridge.fp8 import Block, Offset
 _WORKERS = min(4, os.cpu_count() or 1)
 """Experts in work at once on CPU: a matrix is transposed while another is dequantised by all cores."""
 
-_RETURN_BYTES = 16 << 20
+_BAND = 512
+"""Columns of a matrix in work at once, or one block where that is more: fewer save no more memory, and cost time."""
+
+_RETURN_BYTES = 8 << 20
 """After so much has been let go of, it is given back to the system: seldom enough to cost little."""
 
 
@@ -105,7 +108,7 @@ def _fill(filling: Filling, block: Block) -> int:
             place.copy_(_weights(part, out.dtype, block).T)
     elif not _fill_by_kernels(out, parts, block):
         for place, part in zip(out.chunk(len(parts), dim=1), parts, strict=True):
-            np.copyto(host.units(as_numpy(place)), host.units(np.asarray(_turned(part, out.dtype, block))))
+            _fill_by_bands(place, part, block)
     return sum(part.values.nbytes for part in parts)
 
 
@@ -126,6 +129,23 @@ def _fill_by_kernels(out: torch.Tensor, parts: tuple[Part, ...], block: Block) -
     codes = tuple(host.bits(host.on_host(array)) for array in values)
     kernels.decode_transposed(codes, tuple(map(host.on_host, scales)), block, host.bits(target))
     return True
+
+
+def _fill_by_bands(place: torch.Tensor, part: Part, block: Block) -> None:
+    step = max(1, _BAND // block[1]) * block[1]
+    for start in range(0, len(place), step):
+        turned = _turned(_band(part, start, step, block), place.dtype, block)
+        np.copyto(host.units(as_numpy(place[start : start + step])), host.units(np.asarray(turned)))
+
+
+def _band(part: Part, start: int, step: int, block: Block) -> Part:
+    """Columns from `start` on, a multiple of a block. Its scales are cut too: bands of equal shape share a program."""
+    values, (row, col) = part.values[:, start : start + step], part.offset
+    if part.scale_inv is None:
+        return part._replace(values=values)
+    first, rest = divmod(col + start, block[1])
+    last = first + -(-(rest + values.shape[1]) // block[1])
+    return Part(values, part.scale_inv[:, first:last], (row, rest))
 
 
 def _kernels_for(arrays: Any) -> ModuleType | None:

@@ -114,6 +114,13 @@ def fp8_destination(weight: Weight) -> Tensors:
     yield weight.key + SCALE_SUFFIX, torch.ones(grid, dtype=torch.float32, device=local.device)
 
 
+def form_of(quantization: bool, for_checkpoint_load: bool) -> Form:
+    """What a weight becomes, by what NeMo's callers say."""
+    if for_checkpoint_load:
+        return fp8_destination if quantization else destination
+    return fp8_data if quantization else data
+
+
 def owner_of(values: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The native tensor of whose storage all `values` are views that `destination` made; None where they are not."""
     owners = [getattr(value, _OWNER, None) for value in values]

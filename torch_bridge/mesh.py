@@ -7,8 +7,9 @@ and column, wherever a shard begins.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,11 +48,23 @@ class Layout:
         place = self.mesh.get_coordinate()
         if place is None:
             raise LayoutError(Problem(what="this rank is not in the mesh of the tensor", got=str(self.mesh)))
+        return self.region_at(place, shape)
+
+    def region_at(self, place: Sequence[int], shape: Shape) -> Region:
+        """The rectangle of a tensor of global `shape` that the rank at `place` of the mesh holds."""
         region = [range(size) for size in shape]
         for placement, index, count in zip(self.placements, place, self.mesh.shape, strict=True):
             if isinstance(placement, Shard):
                 region[placement.dim] = _chunk(region[placement.dim], index, count)
         return tuple(region)
+
+    def holders(self, shape: Shape) -> Iterator[tuple[int, Region]]:
+        """Ranks that together hold all of a tensor, each part once, and what they hold."""
+        sharded = (
+            range(n if isinstance(p, Shard) else 1) for p, n in zip(self.placements, self.mesh.shape, strict=True)
+        )
+        for place in itertools.product(*sharded):
+            yield int(self.mesh.mesh[place]), self.region_at(place, shape)
 
     def wrap(self, local: torch.Tensor, shape: Shape) -> DTensor:
         """The DTensor of global `shape`, of which `local`, of the size of this rank's region, is a part.

@@ -116,6 +116,11 @@ class Names:
             self._specs.clear()
 
     @property
+    def config(self) -> MiniMaxConfig:
+        """Sizes of experts, and what names depend on; of what they do not, see `Sizes.layout`."""
+        return self._config
+
+    @property
     def expected(self) -> str:
         """What names of experts' weights look like, for messages."""
         parts = ", ".join(part.split(f"{_EXPERT}.")[1] for row in EXPERT_ROWS for part in row.parts)

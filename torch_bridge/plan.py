@@ -141,10 +141,18 @@ def describe(tensor: torch.Tensor) -> Stored:
     return Stored(TORCH_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
 
 
-def native_problems(entry: Entry, tensor: Any) -> Iterator[Problem]:
+def _native_problems(entry: Entry, tensor: Any) -> Iterator[Problem]:
     """What is wrong with a grouped native tensor."""
     stored = {entry.native: describe(tensor)} if isinstance(tensor, torch.Tensor) else {}
     return EntryCheck(entry, "native", stored).problems()
+
+
+def wrong_experts(names: Names, state_dict: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with the grouped tensors of a native state dict."""
+    for fqn, tensor in state_dict.items():
+        entry = names.native(fqn)
+        if entry is not None and entry.row.grouped:
+            yield from _native_problems(entry, tensor)
 
 
 def _is_scaled(key: str, stored: Mapping[str, Stored]) -> bool:

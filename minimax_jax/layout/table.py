@@ -145,6 +145,24 @@ def dissect(key: str) -> Name:
     return Name(".".join(pieces), numbers.get("layers") if pieces[0] == "layers" else None, numbers.get("experts"))
 
 
+TRANSFORMERS = {
+    _MLP + "gate.e_score_correction_bias": _MLP + "e_score_correction_bias",
+    _MLP + "experts.gate_and_up_projs": _MLP + "experts.gate_up_proj",
+    _MLP + "experts.down_projs": _MLP + "experts.down_proj",
+}
+"""Where transformers' module has another name than the native one: name templates by native template.
+
+Its grouped tensors are not transposed: the parts of an expert are concatenated along their first axis, so that
+`gate_up_proj` is `[expert, 2*inter, hidden]` and `down_proj` `[expert, hidden, inter]`.
+"""
+
+
+def module_names(row: Row, layer: int | None) -> tuple[str, str]:
+    """What a kind of tensor is called in NeMo AutoModel's module and in transformers'."""
+    names = row.native, TRANSFORMERS.get(row.native, row.native)
+    return names if layer is None else (names[0].format(layer=layer), names[1].format(layer=layer))
+
+
 NON_QUANTIZED_KEY_PATTERNS = (
     "input_layernorm.weight",
     "post_attention_layernorm.weight",

@@ -1,0 +1,275 @@
+"""Native tensors to and from folders of `torch.distributed.checkpoint`.
+
+torch keeps the table of contents of such a folder as a pickle: load only folders that you trust.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from minimax_jax.errors import CheckpointError, FormatError, JobError, LayoutError, Problem, raise_if
+from minimax_jax.io.checkpoint import side_files
+from minimax_jax.io.files import io_errors
+from minimax_jax.io.folder import appearing
+from minimax_jax.io.jsonfile import write_json_atomic
+from minimax_jax.io.reader import Reader
+from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
+from minimax_jax.io.source import copy_file
+from minimax_jax.jobs.plan import require_workers
+from minimax_jax.jobs.run import Report
+from minimax_jax.jobs.source import Source
+from minimax_jax.layout.config import MiniMaxConfig
+from minimax_jax.progress import Progress, Ticker
+from torch_bridge import ranks
+from torch_bridge.arrays import TORCH
+from torch_bridge.chunks import Chunk, Maker, Unit, plan_units
+
+_CONFIG = "config.json"
+
+
+def save(tensors: Mapping[str, torch.Tensor], path: str | Path, config: MiniMaxConfig) -> None:
+    """Write native tensors, plain or DTensors, as a folder that appears whole, by rename, or not at all.
+
+    Where torch is distributed this is a collective of all ranks, which must see the same file system.
+
+    Args:
+        tensors: by native name; not changed.
+        path: a folder that does not exist yet, or is empty.
+        config: of the model; stands beside the tensors as config.json.
+
+    Raises:
+        JobError: the destination is taken, or a write failed; on every rank.
+    """
+    with ranks.appearing_for_all(path) as folder:
+        with _quiet(), _own_errors(JobError, "checkpoint cannot be written", folder):
+            state_dict_saver.save(dict(tensors), checkpoint_id=folder)
+        if ranks.writes():
+            write_json_atomic(folder / _CONFIG, config.to_dict())
+
+
+def load(tensors: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Read a folder into native tensors, plain or DTensors, in place; sharded in any way, whatever wrote it.
+
+    Unlike `torch.distributed.checkpoint.load`, which casts in silence and leaves unread what it is not asked for.
+
+    Args:
+        tensors: by native name.
+        path: a folder written by `save`, by `write`, or by torch itself.
+
+    Raises:
+        FormatError: no such checkpoint, or one that cannot be read.
+        LayoutError: all tensors that only one side has, or of another shape or dtype; nothing has been read then.
+    """
+    path = Path(path)
+    with _own_errors(FormatError, "no checkpoint can be opened here", path):
+        metadata = FileSystemReader(path).read_metadata()
+    raise_if(_misfits(tensors, metadata, path), LayoutError)
+    with _quiet(), _own_errors(FormatError, "checkpoint cannot be read", path):
+        state_dict_loader.load(dict(tensors), checkpoint_id=path)
+
+
+def write(
+    source: Source,
+    destination: Path,
+    *,
+    dtype: str,
+    max_memory_bytes: int,
+    workers: int,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Convert an opened checkpoint to a folder of native tensors, a few experts at a time.
+
+    The folder appears whole, by rename, or not at all; it holds config.json and the side files too, and any number of
+    ranks read it, with any sharding.
+
+    Args:
+        source: what is read, in either layout.
+        destination: a folder that does not exist yet, or is empty.
+        dtype: format name of the dtype of block-scaled weights: `BF16`, `F32`, or `F8_E4M3`, whose block scales stand
+            beside it by native scale name. Other tensors keep theirs.
+        max_memory_bytes: peak memory.
+        workers: conversions at a time.
+        progress: called on the calling thread as each unit is handed over to be written.
+
+    Raises:
+        JobError: the destination is taken, the budget or the disk too small, a write failed.
+        FormatError: the source changed or ends too early while it is read.
+        NumericError: a weight to be quantised holds NaN or infinity.
+    """
+    require_workers(workers)
+    units = plan_units(source, dtype, max_memory_bytes=max_memory_bytes, workers=workers)
+    ticker = Ticker(sum(unit.read_bytes for unit in units), progress)
+    with appearing(destination) as folder:
+        _require_disk(folder, sum(chunk.nbytes for unit in units for chunk in unit.chunks))
+        with Reader(source.readable) as reader, contextlib.ExitStack() as stack:
+            maker = Maker(source, reader, dtype)
+            made = stack.enter_context(contextlib.closing(maker.stream(units, workers)))
+            planner = _Planner(units, made, ticker)
+            with _quiet(), _own_errors(JobError, "checkpoint cannot be written", folder):
+                state_dict_saver.save({}, storage_writer=_Files(folder), planner=planner, no_dist=True)
+        written_bytes = sum(file.stat().st_size for file in folder.iterdir())
+        _add_side_files(source, folder, dtype)
+    return Report(
+        destination=Path(destination),
+        tensors=len({chunk.whole.key for unit in units for chunk in unit.chunks}),
+        read_bytes=sum(unit.read_bytes for unit in units),
+        written_bytes=written_bytes,
+        seconds=ticker.seconds,
+        kept_scales=len(maker.kept),
+        fresh_scales=tuple(sorted(maker.fresh)),
+    )
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans what units will give, and takes it from them when it is to be written, in the same order."""
+
+    def __init__(self, units: list[Unit], made: Iterator[tuple[Unit, list[torch.Tensor]]], ticker: Ticker):
+        super().__init__()
+        self._units = units
+        self._tensors = _one_by_one(made, ticker)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        """There is no state dict to look at."""
+
+    def create_local_plan(self) -> SavePlan:
+        """One item for each chunk."""
+        items = [_item(chunk) for unit in self._units for chunk in unit.chunks]
+        return SavePlan(items, planner_data={item.index.fqn: (item.index.fqn,) for item in items})
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """The plan is kept as it is."""
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        """The next tensor, which is that of `write_item`."""
+        chunk, tensor = next(self._tensors)
+        if _item(chunk).index != write_item.index:
+            raise JobError(Problem(what="torch asks for tensors in another order than planned", key=chunk.whole.key))
+        return tensor
+
+
+class _Files(FileSystemWriter):
+    """A writer of files of bounded size, which writes them in the order of the plan, on the calling thread."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, thread_count=1, per_thread_copy_ahead=0)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write some items after the other to files of their own."""
+        results: list[WriteResult] = []
+        for number, items in enumerate(_by_file(plan.items)):
+            prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            written = super().write_data(dataclasses.replace(plan, items=items, storage_data=prefix), planner)
+            results += written.value()
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
+def _one_by_one(
+    made: Iterator[tuple[Unit, list[torch.Tensor]]], ticker: Ticker
+) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    for unit, tensors in made:
+        ticker.tick(unit.read_bytes)
+        yield from zip(unit.chunks, tensors, strict=True)
+
+
+def _item(chunk: Chunk) -> WriteItem:
+    offsets = torch.Size([chunk.first, *[0] * (len(chunk.shape) - 1)])
+    data = TensorWriteData(
+        chunk=ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(chunk.shape)),
+        properties=TensorProperties(dtype=TORCH[chunk.whole.dtype]),
+        size=torch.Size(chunk.whole.shape),
+    )
+    return WriteItem(index=MetadataIndex(chunk.whole.key, offsets), type=WriteItemType.SHARD, tensor_data=data)
+
+
+def _by_file(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
+    group, filled = list[WriteItem](), 0
+    for item in items:
+        data = cast(TensorWriteData, item.tensor_data)
+        nbytes = data.chunk.sizes.numel() * data.properties.dtype.itemsize
+        if group and filled + nbytes > DEFAULT_SHARD_BYTES:
+            yield group
+            group, filled = [], 0
+        group.append(item)
+        filled += nbytes
+    yield group
+
+
+def _misfits(tensors: Mapping[str, torch.Tensor], metadata: Metadata, path: Path) -> Iterator[Problem]:
+    stored, file = metadata.state_dict_metadata, str(path)
+    for name, tensor in tensors.items():
+        there = stored.get(name)
+        expected = f"{tensor.dtype} {list(tensor.shape)}"
+        if not isinstance(there, TensorStorageMetadata):
+            yield Problem(what="the checkpoint has no such tensor", file=file, key=name, expected=expected)
+        elif (there.properties.dtype, there.size) != (tensor.dtype, tensor.shape):
+            got = f"{there.properties.dtype} {list(there.size)}"
+            yield Problem(what="another tensor than asked for", file=file, key=name, expected=expected, got=got)
+    for name in stored:
+        if name not in tensors:
+            yield Problem(what="a tensor that nobody asked for", file=file, key=name, remedy="ask for all of them")
+
+
+def _require_disk(folder: Path, needed_bytes: int) -> None:
+    with io_errors(JobError, "free disk cannot be told", folder):
+        free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        expected, got = f"{needed_bytes:,} bytes", f"{free_bytes:,} bytes free"
+        what, remedy = "not enough disk", "free some space, or choose a destination on another disk"
+        raise JobError(Problem(what=what, file=str(folder), expected=expected, got=got, remedy=remedy))
+
+
+def _add_side_files(source: Source, folder: Path, dtype: str) -> None:
+    for file in side_files(source.path):
+        copy_file(file, folder / file.name)
+    block = source.config.block if dtype == "F8_E4M3" else None
+    write_json_atomic(folder / _CONFIG, source.config.replace(weight_block_size=block).to_dict())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that there is one process: that is what one process wants."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+@contextlib.contextmanager
+def _own_errors(kind: type[CheckpointError], what: str, path: Path) -> Iterator[None]:
+    """Turn what torch makes of an error back into it; any other becomes `kind`."""
+    try:
+        yield
+    except (CheckpointException, OSError, pickle.UnpicklingError) as error:
+        causes = [pair[0] for pair in getattr(error, "failures", {}).values()] or [error]
+        for cause in causes:
+            if isinstance(cause, CheckpointError) or not isinstance(cause, Exception):
+                raise cause from error
+        raise kind(Problem(what=what, file=str(path), got=f"{type(causes[0]).__name__}: {causes[0]}")) from error

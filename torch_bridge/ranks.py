@@ -1,0 +1,122 @@
+"""Ranks that work together: rank 0 writes, the others send it what they hold, and all come to know how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from minimax_jax.errors import CheckpointError
+from minimax_jax.io.folder import appearing
+from torch_bridge.homes import Home
+from torch_bridge.mesh import Region
+
+_T = TypeVar("_T")
+
+WRITER = 0
+"""The rank that writes."""
+
+
+def together() -> bool:
+    """Whether there are other ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def writes() -> bool:
+    """Whether this is the rank that writes."""
+    return not together() or dist.get_rank() == WRITER
+
+
+def gather(home: Home, box: Region) -> torch.Tensor | None:
+    """A rectangle of a whole tensor, on the rank that writes; None on the others.
+
+    Where the tensor is sharded, every rank must call it alike. The parts travel as bytes: not every backend knows the
+    dtypes of FP8 and bfloat16.
+
+    Returns:
+        A view where the writing rank holds all of `box`, else a copy.
+    """
+    holders = [] if home.layout is None else list(home.layout.holders(home.shape))
+    if len(holders) <= 1:
+        return _cut(home.local, home.region, box) if writes() else None
+    out = torch.empty([len(part) for part in box], dtype=home.local.dtype, device=home.local.device)
+    for rank, region in holders:
+        common = _common(region, box)
+        if all(common):
+            piece = _travel(home, common, rank)
+            if piece is not None:
+                _cut(out, box, common).copy_(piece)
+    return out if writes() else None
+
+
+@contextlib.contextmanager
+def appearing_for_all(destination: str | Path) -> Iterator[Path]:
+    """`appearing` for all ranks together: rank 0 makes the folder and gives it its name; the others only fill it.
+
+    Where torch is distributed this is a collective, and the block must end well, or fail, on all ranks alike.
+
+    Raises:
+        JobError: as `appearing`, on every rank.
+    """
+    with contextlib.ExitStack() as stack:
+        folder, failure = None, None
+        if writes():
+            try:
+                folder = stack.enter_context(appearing(destination))
+            except CheckpointError as error:
+                failure = error
+        yield agree(folder, failure)
+        failure = None
+        try:
+            stack.close()
+        except CheckpointError as error:
+            failure = error
+        agree(None, failure)
+
+
+def agree(result: _T | None, failure: CheckpointError | None) -> _T:
+    """The result of the rank that writes, on every rank.
+
+    Raises:
+        CheckpointError: its failure, on every rank.
+    """
+    if together():
+        told = [(result, None if failure is None else (type(failure), failure.problems))]
+        dist.broadcast_object_list(told, src=WRITER)
+        result, failed = told[0]
+        failure = failure or (None if failed is None else failed[0](failed[1]))
+    if failure is not None:
+        raise failure
+    return cast(_T, result)
+
+
+def _travel(home: Home, box: Region, holder: int) -> torch.Tensor | None:
+    """`box` from the rank that holds it to the rank that writes; None on the others."""
+    here = dist.get_rank()
+    if here == holder:
+        piece = _cut(home.local, home.region, box)
+        if here == WRITER:
+            return piece
+        dist.send(piece.contiguous().view(torch.uint8), WRITER)
+    elif here == WRITER:
+        piece = torch.empty([len(part) for part in box], dtype=home.local.dtype, device=home.local.device)
+        dist.recv(piece.view(torch.uint8), holder)
+        return piece
+    return None
+
+
+def _common(one: Region, other: Region) -> Region:
+    pairs = zip(one, other, strict=True)
+    return tuple(range(max(a.start, b.start), min(a.stop, b.stop)) for a, b in pairs)
+
+
+def _cut(tensor: torch.Tensor, held: Region, box: Region) -> torch.Tensor:
+    """`box` of a tensor of which `tensor` is the region `held`; a view."""
+    within = (
+        slice(wanted.start - part.start, wanted.stop - part.start) for wanted, part in zip(box, held, strict=True)
+    )
+    return tensor[tuple(within)]
