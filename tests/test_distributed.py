@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import folders
 import pytest
@@ -18,6 +19,7 @@ SECONDS = 100
 MEMBER = """
 import os, sys
 from minimax_jax import cli
+from minimax_jax.errors import FormatError, Problem
 from minimax_jax.io import points
 die_after = int(sys.argv.pop(1))
 seen = []
@@ -26,6 +28,8 @@ def die(name):
         seen.append(name)
         if len(seen) == die_after:
             os.kill(os.getpid(), 9)
+        if len(seen) == -die_after - 1:
+            raise FormatError(Problem(what="a source that fails"))
 points.on_reach = die
 cli.main()
 """
@@ -55,7 +59,9 @@ def together(count, *command, die_after=None):
         )
         for index in range(count)
     ]
-    if deaths:  # the others would wait for it until the coordinator misses its heartbeat
+    if any(
+        count > 0 for count in deaths.values()
+    ):  # until the coordinator misses its heartbeat
         members[next(iter(deaths))].wait(SECONDS)
         for member in members:
             member.kill()
@@ -81,6 +87,25 @@ def test_the_loss_of_a_process_is_survived_by_the_same_command(source, tmp_path)
     assert statuses == [0, 0], said
     mj.convert(source, tmp_path / "alone", shard_bytes=300_000)
     assert folders.files(tmp_path / "out") == folders.files(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_error_in_one_process_ends_all_of_them_soon_and_in_words(source, tmp_path, which):
+    command = ("convert", source, tmp_path / "out", "--distributed", "--shard-size", "300KB", "--json")
+    started = time.monotonic()
+    statuses, said = together(2, *command, die_after={which: -5})
+    assert statuses == [3, 3] and time.monotonic() - started < 60, said
+    assert "a source that fails" in said[which][1] and "another process of the team failed" in said[1 - which][1]
+    assert not (tmp_path / "out").exists() and journals(workshop_of(tmp_path / "out"))
+    mj.convert(source, tmp_path / "out", shard_bytes=300_000)  # one process alone goes on with the work of two
+    assert mj.verify(source, tmp_path / "out").good
+
+
+def test_a_destination_that_is_taken_ends_all_of_them(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    statuses, said = together(2, "convert", source, tmp_path / "out", "--distributed")
+    assert statuses == [3, 3] and "destination exists" in said[0][1] and "Traceback" not in said[1][1]
 
 
 def test_without_a_group_it_is_refused_in_words(source, tmp_path, monkeypatch):

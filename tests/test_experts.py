@@ -10,8 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import minimax_jax as mj
+from minimax_jax import synthetic
 from minimax_jax.errors import LayoutError
-from minimax_jax.ops.experts import group, ungroup
+from minimax_jax.ops.experts import group, stack, ungroup
 from minimax_jax.ops.fp8 import FP8, dequantize, grid_shape
 from minimax_jax.ops.scaled import BlockScaled, dequantize_grouped, group_scaled, ungroup_scaled
 
@@ -275,3 +277,30 @@ def test_it_is_frozen_and_pickles():
         scaled.block = (1, 1)
     again = pickle.loads(pickle.dumps(scaled))
     np.testing.assert_array_equal(bits(again.values), bits(scaled.values))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_stacking_keeps_the_payload_of_every_nan(traced):
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 2**16, (64, 96), np.uint16).view(ml_dtypes.bfloat16) for _ in range(5)]
+    done = (jax.jit(stack) if traced else stack)(arrays)
+    np.testing.assert_array_equal(np.asarray(done).view(np.uint16), np.stack([a.view(np.uint16) for a in arrays]))
+
+
+def test_stacking_has_a_derivative():
+    arrays = [jnp.arange(3, dtype=jnp.bfloat16), jnp.ones(3, jnp.bfloat16)]
+    gradients = jax.grad(lambda arrays: (stack(arrays) * jnp.array([[2], [3]], jnp.bfloat16)).sum())(arrays)
+    assert [g.tolist() for g in gradients] == [[2, 2, 2], [3, 3, 3]]
+
+
+def test_bf16_of_any_bits_goes_to_native_and_back(tmp_path):
+    config = synthetic.config(layers=1, experts=3)
+    synthetic.synthesize(tmp_path / "hf", config, scaled="BF16")
+    file = next((tmp_path / "hf").glob("*.safetensors"))
+    data = np.fromfile(file, np.uint8)
+    start = 8 + int(data[:8].view(np.uint64)[0])
+    data[start:] = np.random.default_rng(1).integers(0, 256, len(data) - start, np.uint8)
+    data.tofile(file)
+    mj.convert(tmp_path / "hf", tmp_path / "native")
+    mj.convert(tmp_path / "native", tmp_path / "back", to="hf")
+    assert mj.verify(tmp_path / "hf", tmp_path / "back", by="bytes").good

@@ -1,10 +1,12 @@
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from minimax_jax.errors import JobError
+from minimax_jax.io import folder as folder_module
 from minimax_jax.io.folder import MARK, appearing
 
 
@@ -71,6 +73,19 @@ def test_what_a_killed_process_left_is_replaced(tmp_path):
         (folder / "new").touch()
     assert names(tmp_path / "out") == ["new"]
     assert names(tmp_path) == ["out"]
+
+
+def test_a_mark_that_was_taken_away_before_it_is_locked_is_no_lock(tmp_path, monkeypatch):
+    real = folder_module.fcntl.flock
+
+    def late(fd, how):
+        shutil.rmtree(tmp_path / ".out.partial")
+        real(fd, how)
+
+    monkeypatch.setattr(folder_module.fcntl, "flock", late)
+    with pytest.raises(JobError, match="just ended or begun"), appearing(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == []
 
 
 def test_what_a_process_left_that_died_before_its_mark_is_taken_over(tmp_path):

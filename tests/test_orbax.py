@@ -19,6 +19,7 @@ from minimax_jax import synthetic
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import ConfigError, FormatError, JobError, LayoutError, NumericError
 from minimax_jax.io import orbax as files
+from minimax_jax.io import points
 from minimax_jax.jobs import orbax_plan
 from minimax_jax.jobs.orbax import read, save, write
 from minimax_jax.jobs.source import open_source
@@ -383,6 +384,29 @@ def test_it_converts_to_what_the_native_folder_converts_to(source, written, tmp_
         mj.convert(start, tmp_path / name, to=to, dtype=dtype)
     ours, theirs = folders.files(tmp_path / "ours"), folders.files(tmp_path / "theirs")
     assert ours == theirs
+
+
+def test_it_is_loaded_onto_a_mesh(source, written):
+    loaded = mj.load(written / "F8_E4M3", mesh=mesh(2, 2), dtype=None)
+    assert_same(loaded, expected(source, "F8_E4M3"))
+
+
+def test_work_of_a_source_that_was_changed_is_refused(written, tmp_path, monkeypatch):
+    folder = shutil.copytree(written / "BF16", tmp_path / "in")
+    seen = []
+
+    def stop(name):
+        seen.append(name)
+        if len(seen) == 20:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(points, "on_reach", stop)
+        mj.convert(folder, tmp_path / "out", to="hf")
+    file = folder / "state" / GATE_UP / "0.0.0"
+    file.write_bytes(file.read_bytes()[::-1])
+    with pytest.raises(JobError, match=r"source file .* differs"):
+        mj.convert(folder, tmp_path / "out", to="hf")
 
 
 def test_it_is_inspected_planned_and_read_as_views(source, written):

@@ -190,6 +190,35 @@ def test_a_source_that_has_changed_is_refused(source, tmp_path, monkeypatch):
     assert [victim.name in problem.what for problem in caught.value.problems] == [True]
 
 
+def test_a_source_whose_config_was_corrected_is_refused(source, tmp_path, monkeypatch):
+    shutil.copytree(source, tmp_path / "hf")
+    config = tmp_path / "hf" / "config.json"
+    stop(tmp_path / "hf", tmp_path / "out", monkeypatch, 30, "after the journal")
+    changed = json.loads(config.read_text())
+    changed["rms_norm_eps"] = 0.5
+    config.write_text(json.dumps(changed))
+    with pytest.raises(JobError, match="config of the source differs"):
+        convert(tmp_path / "hf", tmp_path / "out")
+
+
+def test_a_refused_job_leaves_nothing_in_the_work_of_another(source, whole, tmp_path, monkeypatch):
+    shutil.copytree(source, tmp_path / "hf")
+    stop(source, tmp_path / "out", monkeypatch, 30, "after the journal")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("of another job")
+    with pytest.raises(JobError, match="another job"):
+        convert(tmp_path / "hf", tmp_path / "out")
+    convert(source, tmp_path / "out")
+    assert folders.files(tmp_path / "out") == whole["native"]
+
+
+def test_work_is_not_thrown_away_for_a_job_of_another_kind(source, whole, tmp_path, monkeypatch):
+    stop(source, tmp_path / "out", monkeypatch, 30, "after the journal")
+    with pytest.raises(JobError, match="unfinished work of another job"):
+        synthetic.synthesize(tmp_path / "out", synthetic.config())
+    convert(source, tmp_path / "out")
+    assert folders.files(tmp_path / "out") == whole["native"]
+
+
 def test_another_version_is_refused(source, tmp_path, monkeypatch):
     stop(source, tmp_path / "out", monkeypatch, 30, "after the journal")
     (journal,) = journals(workshop_of(tmp_path / "out"))

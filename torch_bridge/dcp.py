@@ -36,7 +36,6 @@ from minimax_jax.io.checkpoint import side_files
 from minimax_jax.io.files import io_errors
 from minimax_jax.io.folder import appearing
 from minimax_jax.io.jsonfile import write_json_atomic
-from minimax_jax.io.reader import Reader
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
 from minimax_jax.io.source import copy_file
 from minimax_jax.jobs.plan import require_workers
@@ -125,7 +124,7 @@ def write(
     ticker = Ticker(sum(unit.read_bytes for unit in units), progress)
     with appearing(destination) as folder:
         _require_disk(folder, sum(chunk.nbytes for unit in units for chunk in unit.chunks))
-        with Reader(source.readable) as reader, contextlib.ExitStack() as stack:
+        with source.reader() as reader, contextlib.ExitStack() as stack:
             maker = Maker(source, reader, dtype)
             made = stack.enter_context(contextlib.closing(maker.stream(units, workers)))
             planner = _Planner(units, made, ticker)
@@ -262,12 +261,25 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    ImportError,
+    AttributeError,
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+)
+"""What Python's pickle says of damaged metadata."""
+
+
 @contextlib.contextmanager
 def _own_errors(kind: type[CheckpointError], what: str, path: Path) -> Iterator[None]:
     """Turn what torch makes of an error back into it; any other becomes `kind`."""
     try:
         yield
-    except (CheckpointException, OSError, pickle.UnpicklingError) as error:
+    except (CheckpointException, OSError, *_UNREADABLE) as error:
         causes = [pair[0] for pair in getattr(error, "failures", {}).values()] or [error]
         for cause in causes:
             if isinstance(cause, CheckpointError) or not isinstance(cause, Exception):

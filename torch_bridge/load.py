@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import JobError, LayoutError, Problem, raise_if
-from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.plan import RUNTIME_BYTES, require_workers
 from minimax_jax.jobs.source import Source, open_source
 from minimax_jax.layout.table import SCALE_SUFFIX
@@ -94,7 +93,7 @@ def load_into(
     raise_if(() if narrow else _narrowed(homes, source), LayoutError)
     require_workers(workers)
     pieces = list(_pieces(homes, source, max_memory_bytes, workers))
-    with Reader(source.checkpoint) as reader:
+    with source.reader() as reader:
         filler = _Filler(source, Boxes(reader))
         _run(filler, pieces, workers)
     return Loaded(tensors=len(homes), read_bytes=filler.boxes.read_bytes, seconds=time.monotonic() - started)

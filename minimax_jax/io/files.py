@@ -37,7 +37,15 @@ class FileState:
     @classmethod
     def of(cls, fd: int) -> FileState:
         """The state of a local file that is open."""
-        found = os.fstat(fd)
+        return cls._of(os.fstat(fd))
+
+    @classmethod
+    def at(cls, file: Path) -> FileState:
+        """The state of a local file."""
+        return cls._of(file.stat())
+
+    @classmethod
+    def _of(cls, found: os.stat_result) -> FileState:
         return cls(nbytes=found.st_size, tag=f"time {found.st_mtime_ns}, inode {found.st_ino}")
 
     def __str__(self) -> str:

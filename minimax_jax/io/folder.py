@@ -12,6 +12,7 @@ from pathlib import Path
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.io import points
 from minimax_jax.io.files import io_errors, sync_folder
+from minimax_jax.io.journal import has_records
 from minimax_jax.io.jsonfile import TEMPORARY_SUFFIX
 
 MARK = ".unfinished"
@@ -48,6 +49,8 @@ def appearing(
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _claim(workshop)
     try:
+        if worth is _never and not restart:
+            _require_no_work(workshop, folder)
         if restart or not (folder.is_dir() and worth(workshop)):  # no folder: it has taken its name already
             _empty(workshop)
         folder.mkdir(exist_ok=True)
@@ -58,7 +61,7 @@ def appearing(
             _name(folder, path)
         _remove(workshop)
     except BaseException as error:
-        if worth(workshop):
+        if worth(workshop) or has_records(workshop):
             error.add_note(f"what was done is kept in {workshop}: the same command goes on from there")
         else:
             _remove(workshop)
@@ -105,7 +108,23 @@ def _claim(workshop: Path) -> int:
             raise
         what, remedy = "another process is writing to this destination", "wait for it, or choose another destination"
         raise JobError(Problem(what=what, file=str(workshop), remedy=remedy)) from error
+    if not _is_mark(lock, workshop / MARK):  # whoever had it took it away between the opening and the locking
+        os.close(lock)
+        what, remedy = "another process has just ended or begun here", "run the same command again"
+        raise JobError(Problem(what=what, file=str(workshop), remedy=remedy))
     return lock
+
+
+def _is_mark(lock: int, mark: Path) -> bool:
+    return mark.exists() and os.path.samestat(os.fstat(lock), mark.stat())
+
+
+def _require_no_work(workshop: Path, folder: Path) -> None:
+    """Refuse to throw away what another kind of job has done, and can go on with."""
+    if folder.is_dir() and has_records(workshop):
+        remedy = "run that job again to end it, or delete this folder"
+        problem = Problem(what="unfinished work of another job stands here", file=str(workshop), remedy=remedy)
+        raise JobError(problem)
 
 
 def _is_ours(workshop: Path) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 from pathlib import Path
 
+from minimax_jax.errors import FormatError, Problem
 from minimax_jax.io import orbax
 from minimax_jax.io.checkpoint import Checkpoint
 from minimax_jax.io.files import FileState, as_bytes
@@ -39,7 +41,8 @@ def open_orbax(path: str | Path, *, ignore: Collection[str] = ()) -> Source:
     arrays = orbax.describe(folder)
     config = MiniMaxConfig.from_pretrained(folder, ignore=ignore)
     tensors = {key: _info(array) for key, array in arrays.items()}
-    checkpoint = Checkpoint(path=folder, tensors=tensors, metadata={}, files=(), index_file=None)
+    states: dict[Location, FileState] = {folder: _state(folder)}
+    checkpoint = Checkpoint(path=folder, tensors=tensors, metadata={}, files=(), index_file=None, states=states)
     checked = survey(tensors, config, layout="native")
     return Source(
         path=folder, checkpoint=checkpoint, config=config, survey=checked, sidecar={}, open_reader=OrbaxReader
@@ -53,6 +56,13 @@ class OrbaxReader(Reader):
         info = self.checkpoint.tensors[file.name]
         return _Array(Rows(Path(str(self.checkpoint.path)), info.key), info)
 
+    def require_unchanged(self) -> None:
+        """Check that no file of the checkpoint was written to, replaced or lost meanwhile; raises a FormatError."""
+        for folder, state in self.checkpoint.states.items():
+            if _state(Path(str(folder))) != state:
+                what, remedy = "checkpoint was changed after it was opened", "leave it alone, and start again"
+                raise FormatError(Problem(what=what, file=str(folder), remedy=remedy))
+
 
 class _Array:
     """The bytes of one array in row-major order, as those of a file."""
@@ -60,19 +70,32 @@ class _Array:
     def __init__(self, rows: Rows, info: TensorInfo):
         self.state = FileState(nbytes=info.nbytes, tag="Orbax")
         self._rows, self._row_bytes = rows, info.nbytes // info.shape[0]
+        self._last: tuple[int, int, memoryview] = (0, 0, memoryview(b""))
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill `buffer` from position `start` on, from the rows that hold it."""
-        first, offset = divmod(start, self._row_bytes)
+        first = start // self._row_bytes
         stop = -(-(start + buffer.nbytes) // self._row_bytes)
-        held = as_bytes(self._rows.read(first, stop))
+        low, high, held = self._last  # short reads come one after another from the same rows
+        if not low <= first < stop <= high:
+            low, high, held = first, stop, as_bytes(self._rows.read(first, stop))
+            self._last = (low, high, held) if stop - first == 1 else self._last
+        offset = start - low * self._row_bytes
         buffer[:] = held[offset : offset + buffer.nbytes]
 
     def require_unchanged(self) -> None:
-        """Chunks are read by their own checks; there is no one file that could change."""
+        """Its reader looks after the files of all arrays at once."""
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _state(folder: Path) -> FileState:
+    """The state of all files of a checkpoint as one."""
+    files = [(str(file), FileState.at(file)) for file in sorted(folder.rglob("*")) if file.is_file()]
+    listed = "\n".join(f"{name}: {state}" for name, state in files)
+    digest = hashlib.sha256(listed.encode()).hexdigest()
+    return FileState(nbytes=sum(state.nbytes for _, state in files), tag=f"files {digest[:16]}")
 
 
 def _info(array: orbax.Stored) -> TensorInfo:

@@ -20,7 +20,7 @@ from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.source import copy_file
 from minimax_jax.io.writer import Writer
 from minimax_jax.jobs.plan import Plan
-from minimax_jax.jobs.team import SOLO, Team
+from minimax_jax.jobs.team import FAILED, SOLO, Team
 from minimax_jax.jobs.units import Unit
 from minimax_jax.jobs.worker import FRESH, KEPT, UNIT, Record, Worker, is_record
 from minimax_jax.progress import Progress, Ticker
@@ -87,24 +87,28 @@ def run(
     """
     ticker = Ticker(plan.read_bytes, progress)
     stamp = dict(_stamp(plan))
-    with _folder(destination, team, restart=restart) as folder, ExitStack() as stack:
-        if team.leads:
-            _copy_side_files(plan, folder)
-        team.wait("folder")
-        found = _records(folder, stamp)
-        if not team.leads:
-            team.wait("files")
-        writer = stack.enter_context(Writer(folder, plan.shards, beside=plan.sidecar, resume=True))
-        if team.leads:
-            team.wait("files")
-        with Journal(folder.parent, stamp, process=team.index) as journal:
-            reader = stack.enter_context(plan.source.reader())
-            worker = Worker(plan, reader, writer, journal, found)
-            _work(worker, plan.units[team.index :: team.count], ticker)
-        team.wait("units")
-        if team.leads:
-            _finish(worker, folder, stamp, check)
-    team.wait("name")
+    with team.standing_together(workshop_of(destination)):
+        with _folder(destination, team, restart=restart) as folder, ExitStack() as stack:
+            if team.leads:
+                _records(folder, stamp)  # refuses the work of another job before anything is written
+                (folder.parent / FAILED).unlink(missing_ok=True)
+                _copy_side_files(plan, folder)
+            team.wait()
+            found = _records(folder, stamp)
+            if not team.leads:
+                team.wait()
+            writer = stack.enter_context(Writer(folder, plan.shards, beside=plan.sidecar, resume=True))
+            if team.leads:
+                team.wait()
+            with Journal(folder.parent, stamp, process=team.index) as journal:
+                reader = stack.enter_context(plan.source.reader())
+                worker = Worker(plan, reader, writer, journal, found)
+                _work(worker, plan.units[team.index :: team.count], ticker, team)
+            reader.require_unchanged()
+            team.wait()
+            if team.leads:
+                _finish(worker, folder, stamp, check)
+        team.wait()
     return _report(plan, Path(destination), ticker.seconds, worker.records)
 
 
@@ -115,7 +119,7 @@ def _folder(destination: str | Path, team: Team, *, restart: bool) -> AbstractCo
     return nullcontext(workshop_of(destination) / Path(destination).resolve().name)
 
 
-def _work(worker: Worker, units: Sequence[Unit], ticker: Ticker) -> None:
+def _work(worker: Worker, units: Sequence[Unit], ticker: Ticker, team: Team) -> None:
     """Do units on the plan's threads; the first error stops the rest."""
     unsaved_bytes = 0
     with ExitStack() as stack:
@@ -124,6 +128,7 @@ def _work(worker: Worker, units: Sequence[Unit], ticker: Ticker) -> None:
         futures = {pool.submit(worker.do, unit): unit.read_bytes for unit in units}
         for future in as_completed(futures):
             future.result()
+            team.require_all_well(worker.writer.folder.parent)
             ticker.tick(futures[future])
             unsaved_bytes += futures[future]
             if unsaved_bytes >= _SYNC_BYTES:
@@ -164,7 +169,8 @@ def _stamp(plan: Plan) -> Iterator[tuple[str, str]]:
     """What must be the same for a job to go on with the work of another."""
     yield "version", version("minimax_jax")
     yield "target", f"{plan.target.layout} {plan.target.dtype}"
-    yield "config", _sha256(json.dumps(plan.config.to_dict(), sort_keys=True).encode())
+    for name, config in (("config", plan.config), ("config of the source", plan.source.config)):
+        yield name, _sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     yield "division into files", _sha256(b"".join(shard.header for shard in (*plan.shards, *plan.sidecar)))
     for file, state in plan.source.readable.states.items():
         yield f"source file {file}", str(state)

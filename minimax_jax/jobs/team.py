@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from minimax_jax.errors import JobError, Problem
 
+FAILED = ".failed"
+"""The file in a workshop by which a process tells the others that it cannot go on."""
 
-def _go_on(name: str) -> None:
-    """Wait for nobody."""
+
+class PeerFailed(JobError):
+    """Another process of the team has failed, and says itself why."""
+
+
+def _alone(fails: bool) -> bool:
+    return fails
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,17 +31,45 @@ class Team:
     Attributes:
         index: which of them this process is; 0 leads.
         count: how many they are.
-        wait: waits until all of them have come to the moment of this name.
+        any_fails: waits for all of them to call it, and tells whether one of them said that it fails.
     """
 
     index: int = 0
     count: int = 1
-    wait: Callable[[str], None] = _go_on
+    any_fails: Callable[[bool], bool] = _alone
 
     @property
     def leads(self) -> bool:
         """Whether this process makes the destination, and finishes it."""
         return self.index == 0
+
+    def wait(self) -> None:
+        """Wait until all of them have come so far.
+
+        Raises:
+            PeerFailed: one of them will not.
+        """
+        if self.any_fails(False):
+            raise _peer_failed()
+
+    def require_all_well(self, workshop: Path) -> None:
+        """Raise a PeerFailed if another process has said that it cannot go on."""
+        if self.count > 1 and (workshop / FAILED).exists():
+            self.wait()  # in which that process waits for all others, and for an answer
+
+    @contextmanager
+    def standing_together(self, workshop: Path) -> Iterator[None]:
+        """A context that all of them leave by an error when one does, soon and without a deadlock."""
+        try:
+            yield
+        except PeerFailed:
+            raise
+        except BaseException:
+            if self.count > 1:
+                with suppress(OSError):
+                    (workshop / FAILED).touch()
+                self.any_fails(True)
+            raise
 
 
 SOLO = Team()
@@ -46,7 +85,6 @@ def distributed_team() -> Team:
         JobError: they tell nothing.
     """
     import jax
-    from jax.experimental import multihost_utils
 
     if not jax.distributed.is_initialized():
         count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
@@ -58,8 +96,19 @@ def distributed_team() -> Team:
             )
             problem = Problem(what="no group of processes can be formed", got=str(error), remedy=remedy)
             raise JobError(problem) from error
-    return Team(index=jax.process_index(), count=jax.process_count(), wait=multihost_utils.sync_global_devices)
+    return Team(index=jax.process_index(), count=jax.process_count(), any_fails=_any_fails)
 
 
 def _number(text: str | None) -> int | None:
     return None if text is None else int(text)
+
+
+def _any_fails(fails: bool) -> bool:
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.int32(fails)).any())
+
+
+def _peer_failed() -> PeerFailed:
+    what, remedy = "another process of the team failed", "see what it says, then run the same command again"
+    return PeerFailed(Problem(what=what, remedy=remedy))

@@ -24,7 +24,6 @@ from jax.sharding import AxisType, Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from minimax_jax.errors import JobError, LayoutError, Problem, raise_if
-from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.heap import give_back
 from minimax_jax.jobs.source import Source, open_source
 from minimax_jax.layout.config import MiniMaxConfig
@@ -157,7 +156,7 @@ def _load(
     units = plan_units(wanted, unit_bytes=unit_bytes_of(max_memory_bytes, workers))
     require_budget(units, max_memory_bytes, workers)
     devices = {(array.home, box): own for array in arrays for box, own in array.devices.items()}
-    with Reader(source.checkpoint) as reader:
+    with source.reader() as reader:
         filler = Filler(reader, devices)
         _run(filler, units, workers, progress)
     made = {array.home: array.finish(filler) for array in arrays}

@@ -12,12 +12,12 @@ import operator
 from collections.abc import Collection, Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 
 from minimax_jax.conversion import Leaf
 from minimax_jax.errors import LayoutError, Problem, raise_if
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.specs import Entry, specs
+from minimax_jax.ops.experts import stack
 
 _LAYER = ".{layer}"
 
@@ -42,7 +42,7 @@ def stack_layers(native: Mapping[str, Leaf], config: MiniMaxConfig) -> dict[str,
     for name, group in groups.items():
         leaves = [native[entry.native] for entry in group]
         layered = group[0].row.per_layer
-        stacked[name] = jax.tree.map(lambda *layers: jnp.stack(layers), *leaves) if layered else leaves[0]
+        stacked[name] = jax.tree.map(lambda *layers: stack(layers), *leaves) if layered else leaves[0]
     return stacked
 
 

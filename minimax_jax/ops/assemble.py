@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from minimax_jax.ops import host_matrices as host
 from minimax_jax.ops.checks import Array
-from minimax_jax.ops.experts import group, ungroup
+from minimax_jax.ops.experts import group, stack, ungroup
 from minimax_jax.ops.fp8 import FP8, quantize, requantize
 from minimax_jax.ops.rounding import bits_of, narrow
 from minimax_jax.ops.scaled import BlockScaled, dequantize_grouped, group_scaled, ungroup_scaled
@@ -123,7 +123,7 @@ def encode(
 
 
 def _assemble(experts: Experts, dtype: np.dtype[Any] | None) -> Matrix:
-    parts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tuple(expert) for expert in experts))
+    parts = jax.tree.map(lambda *leaves: stack(leaves), *(tuple(expert) for expert in experts))
     if not isinstance(parts[0], BlockScaled):
         return group(parts if dtype is None else [_cast(part, dtype) for part in parts])
     return group_scaled(parts) if dtype is None else dequantize_grouped(parts, dtype)

@@ -52,6 +52,12 @@ def ungroup(grouped: Array, parts: int) -> tuple[jax.Array, ...]:
     return tuple(part.swapaxes(1, 2) for part in jnp.split(jnp.asarray(grouped), parts, axis=2))
 
 
+def stack(arrays: Sequence[Array]) -> jax.Array:
+    """Arrays of one shape and dtype along a new leading axis, every bit as it was: a copy."""
+    held = tuple(jnp.asarray(array) for array in arrays)
+    return _stack_bfloat16(held) if held[0].dtype == jnp.bfloat16 else jnp.stack(held)
+
+
 def _join(parts: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.concatenate(parts, axis=1).swapaxes(1, 2)
 
@@ -64,6 +70,18 @@ def _join_bfloat16(parts: tuple[jax.Array, ...]) -> jax.Array:
     """
     bits = tuple(lax.bitcast_convert_type(part, jnp.uint16) for part in parts)
     return lax.bitcast_convert_type(_join(bits), jnp.bfloat16)
+
+
+@jax.custom_jvp
+def _stack_bfloat16(arrays: tuple[jax.Array, ...]) -> jax.Array:
+    """Stack as bits, for the same reason."""
+    bits = [lax.bitcast_convert_type(array, jnp.uint16) for array in arrays]
+    return lax.bitcast_convert_type(jnp.stack(bits), jnp.bfloat16)
+
+
+@_stack_bfloat16.defjvp
+def _stack_bfloat16_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[jax.Array, jax.Array]:
+    return _stack_bfloat16(*primals), jnp.stack(*tangents)
 
 
 @_join_bfloat16.defjvp
