@@ -59,9 +59,7 @@ def together(count, *command, die_after=None):
         )
         for index in range(count)
     ]
-    if any(
-        count > 0 for count in deaths.values()
-    ):  # until the coordinator misses its heartbeat
+    if any(count > 0 for count in deaths.values()):  # until the coordinator misses its heartbeat
         members[next(iter(deaths))].wait(SECONDS)
         for member in members:
             member.kill()
