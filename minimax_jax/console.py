@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -25,8 +26,63 @@ _ENDLESS = 10_000
 
 Listener = Callable[["Progress"], None]
 
+T = TypeVar("T")
 
-def show(views: Iterable[Any]) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where a command says what it has to say.
+
+    Attributes:
+        as_json: results as one JSON document instead of text.
+        quiet: no progress and no hints.
+        verbose: all rows of tables, all problems of an error and where it arose.
+    """
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    def show(self, document: Callable[[T], Any], view: Callable[[T], Iterable[Any]], result: T) -> None:
+        """Print a result on stdout: what `document` makes of it as JSON, or the renderables of `view`."""
+        if self.as_json:
+            _show_json(document(result))
+        else:
+            _show(view(result))
+
+    def step(self, line: str) -> None:
+        """Print a line on the way to a result: on stderr where stdout is for JSON."""
+        click.echo(_plain(line), err=self.as_json)
+
+    def error(self, error: CheckpointError) -> None:
+        """Print an error on stderr; as a JSON document on stdout as well where that was asked for."""
+        notes = getattr(error, "__notes__", [])
+        click.echo(_plain("\n".join([f"error: {error}", *notes])), err=True)
+        if self.as_json:
+            fields = ("what", "file", "key", "expected", "got", "remedy")
+            problems = [{name: getattr(problem, name) for name in fields} for problem in error.problems]
+            _show_json({"error": type(error).__name__, "problems": problems, "notes": notes})
+
+    def interrupt(self, error: KeyboardInterrupt) -> None:
+        """Say on stderr that the command was stopped, and what is left; as a JSON document where that was asked for."""
+        notes = getattr(error, "__notes__", [])
+        click.echo(_plain("\n".join(["interrupted", *notes])), err=True)
+        if self.as_json:
+            _show_json({"error": "Interrupted", "problems": [], "notes": notes})
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Listener | None]:
+        """A listener for a job's progress: a bar on a terminal, a plain line now and then elsewhere."""
+        if self.quiet:
+            yield None
+        elif sys.stderr.isatty():
+            with _bar(what) as listener:
+                yield listener
+        else:
+            yield _Lines(what)
+
+
+def _show(views: Iterable[Any]) -> None:
     """Print renderables on stdout; nothing is cut or wrapped where stdout is not a terminal."""
     from rich.console import Console
 
@@ -35,27 +91,8 @@ def show(views: Iterable[Any]) -> None:
         console.print(_plain(view), markup=False) if isinstance(view, str) else console.print(view)
 
 
-def show_json(document: Any) -> None:
-    """Print one JSON document on stdout."""
+def _show_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2))
-
-
-def show_error(error: CheckpointError, *, as_json: bool) -> None:
-    """Print an error on stderr; as a JSON document on stdout as well where that was asked for."""
-    notes = getattr(error, "__notes__", [])
-    click.echo(_plain("\n".join([f"error: {error}", *notes])), err=True)
-    if as_json:
-        fields = ("what", "file", "key", "expected", "got", "remedy")
-        problems = [{name: getattr(problem, name) for name in fields} for problem in error.problems]
-        show_json({"error": type(error).__name__, "problems": problems, "notes": notes})
-
-
-def show_interrupt(error: KeyboardInterrupt, *, as_json: bool) -> None:
-    """Say on stderr that the command was stopped, and what is left; as a JSON document where that was asked for."""
-    notes = getattr(error, "__notes__", [])
-    click.echo(_plain("\n".join(["interrupted", *notes])), err=True)
-    if as_json:
-        show_json({"error": "Interrupted", "problems": [], "notes": notes})
 
 
 class Terminated(KeyboardInterrupt):
@@ -82,18 +119,6 @@ def stoppable() -> Iterator[None]:
 def _plain(text: str) -> str:
     """`text` with control characters and half surrogates written out: names come from files, and a terminal obeys."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
-
-
-@contextmanager
-def progress(what: str, *, quiet: bool) -> Iterator[Listener | None]:
-    """A listener for a job's progress: a bar on a terminal, a plain line now and then elsewhere."""
-    if quiet:
-        yield None
-    elif sys.stderr.isatty():
-        with _bar(what) as listener:
-            yield listener
-    else:
-        yield _Lines(what)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from command_line import process, run, run_json
 
 import minimax_jax as mj
 from minimax_jax import synthetic
-from minimax_jax.cli import Size
+from minimax_jax.cli.options import Size
 
 CONFIG = synthetic.config(layers=1, experts=3)
 EMBED = "model.embed_tokens.weight"

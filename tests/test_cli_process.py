@@ -128,7 +128,7 @@ def test_help_and_version_answer_without_jax(made):
 
 
 def test_help_keeps_its_examples_on_lines_of_their_own():
-    assert "\n  minimax-jax convert m2-native m2-back --to hf-fp8 " in run("convert", "--help")[0]
-    assert "\n  minimax-jax synth whole --real --sparse " in run("synth", "--help")[0]
+    assert "\n    minimax-jax convert m2-native m2-back --to hf-fp8 " in run("convert", "--help")[0]
+    assert "\n    minimax-jax synth whole --real --sparse " in run("synth", "--help")[0]
     for command in cli.commands:
         assert "--json" in run(command, "--help")[0] and "\\" not in run(command, "--help")[0]

@@ -1,0 +1,9 @@
+"""The command line: parse, call, show. No logic, and no heavy import before a command runs.
+
+Each command is a module; importing it adds the command to the group.
+"""
+
+from minimax_jax.cli import convert, demo, generate, inspect, plan, synth, verify
+from minimax_jax.cli.group import cli, main
+
+__all__ = ["cli", "convert", "demo", "generate", "inspect", "main", "plan", "synth", "verify"]

@@ -1,0 +1,41 @@
+"""`minimax-jax convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from minimax_jax.cli import options
+from minimax_jax.cli.group import command
+from minimax_jax.console import Output
+from minimax_jax.jobs.streamed import streamed_targets
+
+
+@command(
+    examples="""
+    minimax-jax convert MiniMax-M2 m2-native                   FP8 to bf16 grouped experts
+    minimax-jax convert MiniMax-M2 m2-native-fp8 --dtype fp8   grouped experts that stay FP8
+    minimax-jax convert m2-native m2-back --to hf-fp8          and back, byte for byte
+    """
+)
+@click.argument("src", type=options.PLACE)
+@click.argument("dst", type=options.PATH)
+@options.conversion([*options.TARGETS, *streamed_targets()])
+@click.option(
+    "--check",
+    type=click.Choice(["none", "sample", "all"]),
+    default="sample",
+    show_default=True,
+    help="What to read back from the disk at the end.",
+)
+@click.option("--restart", is_flag=True, help="Throw away what an unfinished run left, instead of going on with it.")
+@click.option("--distributed", is_flag=True, help="Share the work with the other processes of jax.distributed.")
+def convert(src: str | Path, dst: Path, out: Output, **bounds: Any) -> None:
+    """Convert the checkpoint SRC into the new folder DST, streaming. The same command again goes on after a stop."""
+    from minimax_jax.jobs import front, report
+
+    with out.progress("convert") as listener:
+        done = front.convert(src, dst, progress=listener, **bounds)
+    out.show(report.report_json, report.report_view, done)

@@ -1,0 +1,112 @@
+"""Types of arguments, and the options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from minimax_jax.errors import CheckpointError
+from minimax_jax.jobs.streamed import streamed_targets
+
+TARGETS, DTYPES = ("native", "hf", "hf-fp8"), ("bf16", "f32", "fp8")
+
+_SIZES = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
+_SIZES |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
+
+
+class Size(click.ParamType[int]):
+    """A positive number of bytes such as `4GiB`, `5GB` or `300000000`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes."""
+        if isinstance(value, int):
+            return value
+        number = value.rstrip("kKmMgGtTiIbB ")
+        try:
+            nbytes = int(float(number) * _SIZES[value[len(number) :].strip().upper()])
+        except (KeyError, ValueError, OverflowError):
+            nbytes = 0
+        return nbytes if nbytes > 0 else self.fail(f"{value!r} is not a size such as 4GiB, 5GB or 300MB", param, ctx)
+
+
+class Place(click.ParamType[str | Path]):
+    """A path of this machine, or a URL such as `hf://org/name`, which a path would take a slash from."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
+        """The URL as text, all else as a path."""
+        return value if isinstance(value, Path) or "://" in value else Path(value)
+
+
+class Ids(click.ParamType[tuple[int, ...]]):
+    """Token ids such as `1,2,3`."""
+
+    name = "ids"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The ids."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(text) for text in value.replace(",", " ").split())
+        except ValueError:
+            return self.fail(f"{value!r} is not a list of token ids such as 1,2,3", param, ctx)
+
+
+def _sample(context: click.Context, parameter: click.Parameter, sample: str | None) -> str | None:
+    """`--sample`, which must be a share or a number."""
+    from minimax_jax.jobs.sample import require_sample
+
+    try:
+        if sample is not None:
+            require_sample(sample)
+    except CheckpointError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+    return sample
+
+
+def _fitting(context: click.Context, parameter: click.Parameter, dtype: str | None) -> str | None:
+    """`--dtype`, which must not contradict `--to`."""
+    from minimax_jax.jobs import front
+
+    to = context.params["to"]
+    try:
+        front.target("native" if to in streamed_targets() else to, dtype)
+    except CheckpointError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+    return dtype
+
+
+PATH = click.Path(path_type=Path)
+PLACE = Place()
+
+ignore = click.option(
+    "--ignore-attribute", "ignore", multiple=True, metavar="NAME", help="An unknown attribute of config.json to ignore."
+)
+sample = click.option("--sample", callback=_sample, metavar="N%|N", help="Look at a part only, always the same.")
+shard_size = click.option("--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True)
+workers = click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads.")
+
+
+def conversion(targets: Sequence[str] = TARGETS) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of what to convert to, and within which bounds."""
+    options = (
+        click.option("--to", type=click.Choice(targets), default="native", show_default=True, is_eager=True),
+        click.option("--dtype", type=click.Choice(DTYPES), callback=_fitting, help="Of the block-scaled weights."),
+        click.option("--max-memory", "max_memory_bytes", type=Size(), default="4GiB", show_default=True),
+        shard_size,
+        workers,
+        ignore,
+    )
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        return functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
+
+    return decorate
