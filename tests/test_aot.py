@@ -164,6 +164,15 @@ def test_a_loop_over_layers_may_not_dequantise_them_all(share):
     assert verdicts == [True, False]
 
 
+def test_a_program_that_jaxlib_cannot_read_is_read_from_what_the_compiler_wrote(tmp_path):
+    def newer():
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Unknown opcode")
+
+    (tmp_path / "module_0000.jit_f.after_optimizations.txt").write_text(SAYING)
+    (tmp_path / "module_0000.jit_f.before_optimizations.txt").write_text("")
+    assert measure._text(SimpleNamespace(as_text=newer), tmp_path) == hlo.instructions(SAYING)
+
+
 def test_what_does_not_compile_is_a_row_that_fails(share):
     def refuse(x):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 17G of 15.75G\nmore")
@@ -186,7 +195,7 @@ def test_the_table_says_what_was_measured():
         row_of(
             argument_bytes=29_980_000_000, accessed_bytes=1.5e9, least_bytes=10**9, seconds=2e-3, collectives=(moved,)
         ),
-        row_of(checks={"fits": False, "no collective": True}, kernels=2, collectives=None),
+        row_of(checks={"fits": False, "no collective": True}, kernels=2),
         row_of(checks={"compiles": False}, error="RESOURCE_EXHAUSTED"),
     ]
     text = report.markdown({"One": rows, "None": []}, {"jax": "1.2"}, "small")
@@ -194,7 +203,7 @@ def test_the_table_says_what_was_measured():
     cells = ["v5e x 8", "decode", "29.98 GB", "0 B", "0 B", "1.5 GB (1.50x)", "2.00 ms", ""]
     cells += ["62 x all-reduce bf16[8,3072] (49.15 kB)", "PASS"]
     assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == cells
-    assert lines[1].endswith("| 2 | not readable | FAIL: fits |")
+    assert lines[1].endswith("| 2 | none | FAIL: fits |")
     assert lines[2].endswith("| FAIL: compiles (RESOURCE_EXHAUSTED) |")
     assert {line.count("|") for line in lines} == {11}
     assert "jax 1.2" in text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,7 +39,7 @@ class Row:
         least_bytes: the least that it can be; None if not known.
         seconds: the compiler's estimate of the time; None where it makes none.
         kernels: how many are launched; None but on GPUs for programs without loops.
-        collectives: what goes between chips; None where the compiled program cannot be read back.
+        collectives: what goes between chips.
         largest: shape of the largest array of dequantised experts that is made on the way.
         compile_seconds: how long it took here.
         checks: what must hold, and whether it does.
@@ -53,7 +55,7 @@ class Row:
     least_bytes: int | None = None
     seconds: float | None = None
     kernels: int | None = None
-    collectives: tuple[hlo.Collective, ...] | None = ()
+    collectives: tuple[hlo.Collective, ...] = ()
     largest: str = ""
     compile_seconds: float = 0.0
     checks: dict[str, bool]
@@ -70,20 +72,21 @@ def measure(program: Program) -> Row:
     started = time.perf_counter()
     out = {} if program.out is None else {"out_shardings": program.out}
     jitted = jax.jit(program.function, donate_argnames=program.donated, **out)
-    try:
-        compiled = jitted.lower(*program.arguments).compile()
-    except jax.errors.JaxRuntimeError as error:
-        text = str(error).splitlines()[0]
-        return Row(target=program.target.name, program=program.name, error=text, checks={"compiles": False})
-    return read(program, compiled, time.perf_counter() - started)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            compiled = jitted.lower(*program.arguments).compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            text = str(error).splitlines()[0]
+            return Row(target=program.target.name, program=program.name, error=text, checks={"compiles": False})
+        return read(program, compiled, _text(compiled, Path(folder)), time.perf_counter() - started)
 
 
-def read(program: Program, compiled: Any, compile_seconds: float) -> Row:
+def read(program: Program, compiled: Any, text: list[hlo.Instruction], compile_seconds: float) -> Row:
     """The row of a compiled program."""
-    memory, text = compiled.memory_analysis(), _text(compiled)
-    loops = text is None or any(own.operation == "while" for own in text)
+    memory, loops = compiled.memory_analysis(), any(own.operation == "while" for own in text)
     cost = {} if loops else _cost(compiled)
-    largest_bytes, largest = hlo.largest_weights(text or [], program.matrices)
+    largest_bytes, largest = hlo.largest_weights(text, program.matrices)
     gpu = KINDS[program.target.kind].platform == "cuda"
     row = Row(
         target=program.target.name,
@@ -94,8 +97,8 @@ def read(program: Program, compiled: Any, compile_seconds: float) -> Row:
         accessed_bytes=cost.get("bytes accessed"),
         least_bytes=program.least_bytes,
         seconds=cost.get("optimal_seconds"),
-        kernels=hlo.kernels(text) if gpu and text and not loops else None,
-        collectives=None if text is None else tuple(hlo.collectives(text, program.loops)),
+        kernels=hlo.kernels(text) if gpu and not loops else None,
+        collectives=tuple(hlo.collectives(text, program.loops)),
         largest=largest,
         compile_seconds=compile_seconds,
         checks={},
@@ -104,12 +107,13 @@ def read(program: Program, compiled: Any, compile_seconds: float) -> Row:
     return row
 
 
-def _text(compiled: Any) -> list[hlo.Instruction] | None:
-    """The compiled program; None where jaxlib does not know all the operations of a newer compiler."""
+def _text(compiled: Any, dump: Path) -> list[hlo.Instruction]:
+    """The compiled program, or what its compiler wrote of it where that knows operations that jaxlib does not."""
     try:
         return hlo.instructions(compiled.as_text())
     except jax.errors.JaxRuntimeError:
-        return None
+        (written,) = dump.glob("*.after_optimizations.txt")
+        return hlo.instructions(written.read_text())
 
 
 def _cost(compiled: Any) -> dict[str, float]:
@@ -122,8 +126,6 @@ def _cost(compiled: Any) -> dict[str, float]:
 def _checks(program: Program, row: Row, largest_bytes: int) -> dict[str, bool]:
     used = row.argument_bytes + row.temporary_bytes + row.output_bytes
     checks = {"fits": used <= KINDS[program.target.kind].memory_bytes}
-    if row.collectives is None:
-        return checks
     if program.kind in ("op", "load"):
         checks["no collective"] = not row.collectives
     if program.kind == "op":

@@ -43,8 +43,6 @@ _LIMITS = """## What is checked
   codes. Quantising first and transposing the codes is worse: the layout of the codes spreads to all before them.
 - Prefill on H100: XLA's GPU compiler makes a dense product over all experts of a chip out of `ragged_dot`, with
   temporaries of [choices, experts of the chip, hidden]. On TPUs they stay small.
-- "not readable": the compiler for this chip uses operations that jaxlib does not know yet. Memory is known, the rest
-  is not checked.
 """
 
 _COLUMNS = ("target", "program", "arguments", "temporaries", "output", "traffic", "time", "kernels", "collectives", "")
@@ -84,7 +82,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.error:
         return (row.target, row.program, *("",) * 7, _verdict(row))
     sizes = (row.argument_bytes, row.temporary_bytes, row.output_bytes)
-    together = "not readable" if row.collectives is None else "; ".join(map(_collective, row.collectives)) or "none"
+    together = "; ".join(map(_collective, row.collectives)) or "none"
     time = "" if row.seconds is None else f"{row.seconds * 1e3:.2f} ms"
     kernels = "" if row.kernels is None else str(row.kernels)
     return (row.target, row.program, *map(_bytes, sizes), _traffic(row), time, kernels, together, _verdict(row))
@@ -104,7 +102,7 @@ def _collective(own: Collective) -> str:
 def _verdict(row: Row) -> str:
     failed = [name for name, holds in row.checks.items() if not holds]
     if not failed:
-        return "PASS" if row.collectives is not None else "PASS (memory alone)"
+        return "PASS"
     return f"FAIL: {', '.join(failed)}" + (f" ({row.error})" if row.error else "")
 
 
