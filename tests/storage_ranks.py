@@ -1,12 +1,5 @@
 """Scenarios of storage for several processes over gloo: each is run by every rank and raises if anything is wrong."""
 
-import multiprocessing
-import os
-import socket
-import traceback
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import folders
 import numpy as np
 import pytest
@@ -16,10 +9,11 @@ import torch.distributed.checkpoint as tdcp
 from helpers import BF16, config, native_of, random_hf
 from nemo_oracle import assert_same, differences
 from plain_modules import fused_of, module_of
+from rank_tensors import distribute, piece
+from ranks import scenario
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch_modules import tensors_of
-from torch_ranks import distribute, piece
 
 from minimax_jax.errors import CheckpointError, JobError, LayoutError, NumericError
 from torch_bridge import dcp, load_into, save_hf
@@ -28,55 +22,6 @@ CONFIG = config(num_local_experts=4)
 """320 hidden and 192 inter are no whole blocks, nor are their halves."""
 
 ROWS = Shard(0)
-_SECONDS = 120
-
-
-def run(world, kind, *folders):
-    """Run the scenarios of a kind in `world` processes; gives by name what each rank says: nothing if all is well."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["storage_ranks"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    queue = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(rank, world, port, queue, kind, folders)) for rank in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(_SECONDS)
-        process.kill()
-    said = {name: ["was not reached"] * world for name in names(kind)}
-    while not queue.empty():
-        name, rank, text = queue.get()
-        said[name][rank] = text
-    return said
-
-
-def _rank(rank, world, port, queue, kind, folders):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    for name in names(kind):
-        try:
-            SCENARIOS[name](*folders)
-        except Exception:
-            queue.put((name, rank, traceback.format_exc()))
-            break  # the other ranks may be waiting for this one in a collective: no later one would match
-        queue.put((name, rank, ""))
-    else:
-        dist.barrier()
-    os._exit(0)  # what threads of libraries do at exit is not what is tested
-
-
-SCENARIOS = {}
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
-
-
-def names(kind):
-    return [name for name in SCENARIOS if name.startswith(kind)]
 
 
 def native(dtype=np.float32):

@@ -10,6 +10,7 @@ from pathlib import Path
 import folders
 import numpy as np
 import pytest
+import ranks
 import storage_ranks
 import torch
 import torch.distributed.checkpoint as tdcp
@@ -27,6 +28,7 @@ from torch_bridge import dcp, save_hf
 from torch_bridge.arrays import TORCH
 
 WORLDS = (2, 4)
+SCENARIOS = ranks.scenarios(storage_ranks, kind="dcp")
 NAMES = {"BF16": "bf16", "F32": "f32", "F8_E4M3": "fp8"}
 HOW = {"max_memory_bytes": 2**30, "workers": 2}
 
@@ -247,10 +249,10 @@ def test_torchs_quantized_reader_agrees_with_what_is_saved_as_fp8(odd, sources, 
 
 @pytest.fixture(scope="module")
 def outcomes(sources, tmp_path_factory):
-    return {w: storage_ranks.run(w, "dcp", sources, tmp_path_factory.mktemp(f"dcp{w}")) for w in WORLDS}
+    return {w: ranks.run(w, SCENARIOS, sources, tmp_path_factory.mktemp(f"dcp{w}")) for w in WORLDS}
 
 
-@pytest.mark.parametrize("name", storage_ranks.names("dcp"))
+@pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_in_several_processes(outcomes, world, name):
     assert outcomes[world][name] == [""] * world

@@ -12,12 +12,14 @@ import folders
 import ml_dtypes
 import numpy as np
 import pytest
+import ranks
 import storage_ranks
 import test_torch_mesh
 import torch
 import transformers
 from helpers import config, native_of, random_hf
 from nemo_oracle import assert_same, checkpoint, differences
+from rank_tensors import distribute, piece
 from test_torch_model import load
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -32,7 +34,6 @@ from torch_modules import (
     poison,
     tensors_of,
 )
-from torch_ranks import distribute, piece
 
 import minimax_jax as mj
 from minimax_jax import synthetic
@@ -46,6 +47,7 @@ SOURCES = ("hf-fp8", "hf-f32", "hf-bf16", "native-f32", "native-bf16", "native-f
 ATTENTION = "model.layers.0.self_attn."
 EXPERTS = "model.layers.0.mlp.experts."
 WORLDS = (2, 4)
+SCENARIOS = ranks.scenarios(storage_ranks, kind="load")
 
 
 @pytest.fixture(scope="module")
@@ -351,10 +353,10 @@ def test_a_native_checkpoint_is_read_by_ranges_too(odd, sources, monkeypatch):
 @pytest.fixture(scope="module")
 def outcomes(sources, tmp_path_factory):
     folder, _ = sources
-    return {w: storage_ranks.run(w, "load", folder, tmp_path_factory.mktemp(f"load{w}")) for w in WORLDS}
+    return {w: ranks.run(w, SCENARIOS, folder, tmp_path_factory.mktemp(f"load{w}")) for w in WORLDS}
 
 
-@pytest.mark.parametrize("name", storage_ranks.names("load"))
+@pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_in_several_processes(outcomes, world, name):
     assert outcomes[world][name] == [""] * world

@@ -1,14 +1,17 @@
 from contextlib import contextmanager
 
+import from_hf_ranks
 import numpy as np
 import pytest
+import ranks
+import to_hf_ranks
 import torch
 import torch.distributed as dist
-import torch_ranks
 from helpers import config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemo_oracle import assert_same, checkpoint, nemo_adapter, our_adapter
+from rank_tensors import distribute, piece
 from test_torch_fp8 import BLOCK, MINIMAX, random_matrix
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -21,14 +24,15 @@ from torch_bridge.arrays import as_numpy, to_jax, to_torch
 from torch_bridge.mesh import experts_layout, layout_of, region_of
 
 WORLDS = (2, 4)
+SCENARIOS = ranks.scenarios(from_hf_ranks, to_hf_ranks)
 
 
 @pytest.fixture(scope="module")
 def outcomes():
-    return {world: torch_ranks.run(world) for world in WORLDS}
+    return {world: ranks.run(world, SCENARIOS) for world in WORLDS}
 
 
-@pytest.mark.parametrize("name", torch_ranks.SCENARIOS)
+@pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_in_several_processes(outcomes, world, name):
     assert outcomes[world][name] == [""] * world
@@ -60,10 +64,10 @@ def test_any_shard_of_any_mesh_is_dequantised_as_in_one_piece(shape, shard, seed
     codes, scales = (to_torch(array) for array in random_matrix(np.random.default_rng(seed), shape, BLOCK))
     want = fp8.dequantize_torch(codes, scales, torch.bfloat16, block=BLOCK)
     with rank_of(rank, **dict(zip("abc", sizes, strict=False))) as mesh:
-        weight = torch_ranks.distribute(codes, mesh, placements)
+        weight = distribute(codes, mesh, placements)
         got = matrices.dequantize(weight, scales, torch.bfloat16, block=BLOCK)
         assert (got.placements, got.device_mesh, got.shape) == (placements, mesh, want.shape)
-        assert_same(got.to_local(), torch_ranks.piece(want, mesh, placements))
+        assert_same(got.to_local(), piece(want, mesh, placements))
 
 
 @pytest.mark.parametrize("kernels", ["numba", "xla"])
@@ -76,7 +80,7 @@ def test_halves_of_experts_in_all_ways_on_cpu(monkeypatch, kernels, hidden):
         with rank_of(rank, ep_shard=2, ep=2) as mesh:
             for name, tensor in our_adapter(cfg).from_hf(checkpoint(cfg), mesh).items():
                 if isinstance(tensor, DTensor):
-                    assert_same(tensor.to_local(), torch_ranks.piece(want[name], mesh, tensor.placements))
+                    assert_same(tensor.to_local(), piece(want[name], mesh, tensor.placements))
 
 
 @pytest.mark.parametrize("experts", [1, 3, 4, 7, 64])
@@ -87,7 +91,7 @@ def test_experts_are_shared_out_as_the_parameters_they_load_into(experts, ranks)
         with rank_of(rank, ep=ranks) as mesh:
             layout = experts_layout(mesh)
             mine = layout.region(parameter.shape)[0]
-            assert list(mine) == torch_ranks.piece(parameter, mesh, layout.placements)[:, 0, 0].tolist()
+            assert list(mine) == piece(parameter, mesh, layout.placements)[:, 0, 0].tolist()
 
 
 def test_a_rank_outside_the_mesh_is_an_error():

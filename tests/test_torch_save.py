@@ -6,6 +6,7 @@ import logging
 import folders
 import numpy as np
 import pytest
+import ranks
 import storage_ranks
 import torch
 import transformers
@@ -19,6 +20,7 @@ from minimax_jax.io.checkpoint import INDEX_NAME
 from torch_bridge import load_into, save_hf
 
 WORLDS = (2, 4)
+SCENARIOS = ranks.scenarios(storage_ranks, kind="save")
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 DOWN = "model.layers.1.mlp.experts.down_projs"
 
@@ -192,10 +194,10 @@ def test_what_does_not_fit_is_refused(odd, source, tmp_path):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return {w: storage_ranks.run(w, "save", None, tmp_path_factory.mktemp(f"save{w}")) for w in WORLDS}
+    return {w: ranks.run(w, SCENARIOS, None, tmp_path_factory.mktemp(f"save{w}")) for w in WORLDS}
 
 
-@pytest.mark.parametrize("name", storage_ranks.names("save"))
+@pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_in_several_processes(outcomes, world, name):
     assert outcomes[world][name] == [""] * world

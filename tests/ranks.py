@@ -1,0 +1,73 @@
+"""Scenarios in several processes over gloo: every rank runs each of them, and raises if anything is wrong."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest
+import torch
+import torch.distributed as dist
+
+SECONDS = 120
+PRELOADED = ("from_hf_ranks", "to_hf_ranks", "storage_ranks")
+"""The modules of scenarios: imported once, in the process that ranks are forked from."""
+
+_IMPORTED_BY = os.getpid()
+_SCENARIOS = []
+
+
+def scenario(function):
+    _SCENARIOS.append(function)
+    return function
+
+
+def scenarios(*modules, kind=""):
+    """Name to scenario, of those that the modules hold; of one kind, names start with it."""
+    held = {module.__name__ for module in modules}
+    found = (function for function in _SCENARIOS if function.__module__ in held)
+    return {function.__name__: function for function in found if function.__name__.startswith(kind)}
+
+
+def run(world, scenarios, *arguments):
+    """Run scenarios in `world` processes; gives by name what each rank says of it: nothing if all is well."""
+    context = multiprocessing.get_context("forkserver")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        # Python 3.11 gives the server no sys.path: without this one it imports nothing, and every rank all of it.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        context.set_forkserver_preload([*PRELOADED])
+        queue = context.SimpleQueue()
+        shared = (world, port, queue, tuple(scenarios.values()), arguments)
+        ranks = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(world)]
+        for process in ranks:
+            process.start()
+    for process in ranks:
+        process.join(SECONDS)
+        process.kill()
+    said = {name: ["was not reached"] * world for name in scenarios}
+    while not queue.empty():
+        name, rank, text = queue.get()
+        said[name][rank] = text
+    return said
+
+
+def _rank(rank, world, port, queue, scenarios, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    for function in scenarios:
+        try:
+            assert os.getpid() != _IMPORTED_BY, "every rank imports for itself"
+            function(*arguments)
+        except Exception:
+            queue.put((function.__name__, rank, traceback.format_exc()))
+            break  # the other ranks may be waiting for this one in a collective: no later one would match
+        queue.put((function.__name__, rank, ""))
+    else:
+        dist.barrier()
+    os._exit(0)  # what threads of libraries do at exit is not what is tested
