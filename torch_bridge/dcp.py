@@ -140,6 +140,7 @@ def write(
         seconds=ticker.seconds,
         kept_scales=len(maker.kept),
         fresh_scales=tuple(sorted(maker.fresh)),
+        left_out=source.left_out,
     )
 
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import JobError, LayoutError, Problem, raise_if
+from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.plan import RUNTIME_BYTES, require_workers
 from minimax_jax.jobs.source import Source, open_source
 from minimax_jax.layout.table import SCALE_SUFFIX
@@ -45,11 +46,13 @@ class Loaded:
         tensors: tensors of the module that were filled.
         read_bytes: bytes read of the checkpoint's tensors.
         seconds: wall-clock time.
+        left_out: tensors in the checkpoint's files that are not the model's, and that nothing read.
     """
 
     tensors: int
     read_bytes: int
     seconds: float
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def load_into(
@@ -62,6 +65,7 @@ def load_into(
     partial: bool = False,
     narrow: bool = False,
     ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
 ) -> Loaded:
     """Stream a checkpoint into the storage of a module, each rank what it holds.
 
@@ -80,6 +84,7 @@ def load_into(
         narrow: round tensors that the module has in a smaller dtype than the checkpoint: norms, embeddings and the
             float32 router, of which a choice of experts may hang. Block-scaled weights need no permission.
         ignore: attributes of config.json to leave unread.
+        leave_out: what the names of tensors to leave out begin with; as in `minimax_jax.jobs.source.open_source`.
 
     Raises:
         CheckpointError: as `minimax_jax.jobs.source.open_source`.
@@ -88,7 +93,7 @@ def load_into(
         FormatError: the checkpoint changed while it was read; the module is filled in part then.
     """
     started = time.monotonic()
-    source = open_source(path, ignore=ignore)
+    source = open_source(path, ignore=ignore, leave_out=leave_out)
     homes = find_homes(model, source.survey.specs.entries, device_mesh=device_mesh, partial=partial)
     raise_if(() if narrow else _narrowed(homes, source), LayoutError)
     require_workers(workers)
@@ -96,7 +101,12 @@ def load_into(
     with source.reader() as reader:
         filler = _Filler(source, Boxes(reader))
         _run(filler, pieces, workers)
-    return Loaded(tensors=len(homes), read_bytes=filler.boxes.read_bytes, seconds=time.monotonic() - started)
+    return Loaded(
+        tensors=len(homes),
+        read_bytes=filler.boxes.read_bytes,
+        seconds=time.monotonic() - started,
+        left_out=source.left_out,
+    )
 
 
 def _run(filler: _Filler, pieces: list[Home], workers: int) -> None:

@@ -189,7 +189,7 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "an extra expert": tensors(lambda t: copied(t, "experts.2.", "experts.3.")),
     "a wrong name of experts": tensors(lambda t: renamed(t, ".w1.", ".gate_proj.")),
     "a layer past the config": tensors(lambda t: copied(t, "layers.1.", "layers.2.")),
-    "an MTP layer": tensors(lambda t: copied(t, "layers.1.", "mtp.layers.0.")),
+    "MTP modules that config.json does not announce": tensors(lambda t: copied(t, "layers.1.", "mtp.layers.0.")),
     "mixed dtypes in one tensor": tensors(lambda t: cast(t, W1, "BF16")),
     "a transposed weight": tensors(lambda t: turned(t, QUERY)),
     "a transposed expert": tensors(lambda t: turned(t, W1)),
@@ -237,12 +237,34 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
 """What is carried along bit for bit and told by `verify`, with the word for it."""
 
 
+def announced(prefix: str) -> Callable[[Path], None]:
+    """MTP modules that config.json announces: a layer again, as another one, with a tensor that no layer has."""
+
+    def damage(folder: Path) -> None:
+        def more(found: Tensors) -> None:
+            copied(found, "layers.1.", prefix)
+            found[f"model.{prefix}eh_proj.weight"] = ("BF16", [2, 2], bytes(8))
+
+        tensors(more)(folder)
+        config(use_mtp=True, num_mtp_modules=1)(folder)
+
+    return damage
+
+
+LEFT_OUT: dict[str, Callable[[Path], object]] = {
+    "MTP modules that config.json announces": announced("mtp_layers.0."),
+    "MTP modules that count on past the last layer": announced("layers.2."),
+}
+"""What is left out by name, and said."""
+
+
 def tried(folder: Path, *, refused: dict[str, Callable[[Path], object]] = REFUSED) -> Iterator[Outcome]:
     """Every bad input once."""
     good = folder / "good"
     in_child(partial(synthetic.synthesize, good, CONFIG))
     yield from in_child(lambda: [_refusal(what, good, damage) for what, damage in refused.items()])
     yield from in_child(lambda: [_telling(what, good, *told) for what, told in TOLD.items()])
+    yield from in_child(lambda: [_leaving(what, good, damage) for what, damage in LEFT_OUT.items()])
 
 
 def _damaged(good: Path, damage: Callable[[Path], object], use: Callable[[Path], Outcome]) -> Outcome:
@@ -276,5 +298,16 @@ def _telling(what: str, good: Path, damage: Callable[[Path], object], word: str)
         same = front.verify(folder, folder.with_name("native"), by="bytes").good
         gave = f"carried along bit for bit; verify tells: {told}" if same else "other bits"
         return Outcome(what=what, count=1, gave=gave, good=same and word in told)
+
+    return _damaged(good, damage, use)
+
+
+def _leaving(what: str, good: Path, damage: Callable[[Path], object]) -> Outcome:
+    def use(folder: Path) -> Outcome:
+        done = front.convert(folder, folder.with_name("native"), dtype="fp8")
+        same = front.verify(folder.with_name("native"), good, by="bytes").good
+        count = sum(len(part.keys) for part in done.left_out)
+        gave = f"left out by name, and said: {count} tensors; the rest byte for byte" if same else "other bytes"
+        return Outcome(what=what, count=1, gave=gave, good=same and count > 0)
 
     return _damaged(good, damage, use)

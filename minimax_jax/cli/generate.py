@@ -27,6 +27,7 @@ from minimax_jax.console import Output
     "--dtype", type=click.Choice(options.DTYPES), default="fp8", show_default=True, help="Of weights on the device."
 )
 @options.ignore
+@options.leave_out
 def generate(path: str | Path, out: Output, **chosen: Any) -> None:
     """Continue prompts of token ids with the model in PATH, over all devices of this machine: a smoke test."""
     from minimax_jax.models.smoke import smoke_test

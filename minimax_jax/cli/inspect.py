@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,9 +20,10 @@ from minimax_jax.console import Output
 )
 @click.argument("path", type=options.PLACE)
 @options.ignore
-def inspect(path: str | Path, ignore: tuple[str, ...], out: Output) -> None:
+@options.leave_out
+def inspect(path: str | Path, out: Output, **reading: Any) -> None:
     """What a checkpoint is, from its headers; all that is wrong with it otherwise."""
     from minimax_jax.jobs import front, report
 
-    seen = front.inspect(path, ignore=ignore)
+    seen = front.inspect(path, **reading)
     out.show(report.inspection_json, report.inspection_view, seen)

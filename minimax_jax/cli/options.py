@@ -90,6 +90,9 @@ PLACE = Place()
 ignore = click.option(
     "--ignore-attribute", "ignore", multiple=True, metavar="NAME", help="An unknown attribute of config.json to ignore."
 )
+leave_out = click.option(
+    "--leave-out", multiple=True, metavar="PREFIX", help="Leave out tensors whose names begin with these parts."
+)
 sample = click.option("--sample", callback=_sample, metavar="N%|N", help="Look at a part only, always the same.")
 shard_size = click.option("--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True)
 workers = click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads.")
@@ -104,6 +107,7 @@ def conversion(targets: Sequence[str] = TARGETS) -> Callable[[Callable[..., None
         shard_size,
         workers,
         ignore,
+        leave_out,
     )
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:

@@ -28,6 +28,7 @@ from minimax_jax.console import Output
 @click.option("-o", "--output", type=options.PATH, help="Write the certificate to this file.")
 @options.workers
 @options.ignore
+@options.leave_out
 def verify(first: str | Path, second: str | Path | None, out: Output, **chosen: Any) -> None:
     """Compare two checkpoints, in any two layouts, and certify every tensor; or digest one.
 

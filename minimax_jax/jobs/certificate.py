@@ -15,6 +15,7 @@ from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.jobs.certified import FORMAT, SEAL, Held, seal
 from minimax_jax.jobs.compare import RELATIONS, Comparison
 from minimax_jax.jobs.digests import Digest, FileDigest
+from minimax_jax.jobs.left_out import left_out_json
 from minimax_jax.jobs.verification import Digested, LayerSummary, Verification
 
 _LIBRARIES = ("minimax_jax", "jax", "jaxlib", "numpy", "ml_dtypes")
@@ -68,6 +69,7 @@ def _checkpoint(checkpoint: Digested) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "sha256": checkpoint.sha256,
         "unread_attributes": list(checkpoint.unread),
+        "left_out": left_out_json(checkpoint.left_out),
         "unusual": [{"key": each.key, "what": each.what, "count": each.count} for each in checkpoint.unusual],
         "files": {file.name: _file(file) for file in checkpoint.files},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,13 +65,16 @@ def overall(digests: Iterable[Digest]) -> str:
 def file_digests(source: Source) -> Iterator[FileDigest]:
     """The files of a checkpoint: headers of weights, index, config, sidecar and side files. No weight is read.
 
+    Bytes of tensors that were left out have no digest; the header speaks of them.
+
     Raises:
         FormatError: a file is lost, cannot be read, or has changed since the checkpoint was opened.
     """
     checkpoint = source.checkpoint
     folder = source.path if places.is_folder(source.path) else source.path.parent
     begins: dict[Location, int] = {}
-    for info in checkpoint.tensors.values():
+    aside = (info for part in source.left_out for info in part.tensors)
+    for info in itertools.chain(checkpoint.tensors.values(), aside):
         begins[info.file] = min(info.start, begins.get(info.file, info.start))
     for file in checkpoint.files:
         yield _file_digest(file, folder, checkpoint.states.get(file), begins.get(file))

@@ -52,9 +52,11 @@ def target(to: str, dtype: str | None = None) -> Target:
     return Target(layout=chosen.layout, dtype=STORED[dtype])
 
 
-def inspect(path: str | Path, *, ignore: Collection[str] = ()) -> inspecting.Inspection:
-    """What a checkpoint is, from its headers; raises as `open_source`."""
-    return inspecting.inspect(open_source(path, ignore=ignore))
+def inspect(
+    path: str | Path, *, ignore: Collection[str] = (), leave_out: Collection[str] = ()
+) -> inspecting.Inspection:
+    """What a checkpoint is, from its headers; takes and raises what `open_source` does."""
+    return inspecting.inspect(open_source(path, ignore=ignore, leave_out=leave_out))
 
 
 def plan(
@@ -66,6 +68,7 @@ def plan(
     workers: int = DEFAULT_WORKERS,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
 ) -> Plan:
     """What a conversion would do, from headers alone.
 
@@ -77,12 +80,13 @@ def plan(
         workers: threads.
         shard_bytes: most bytes of tensor data in one output file.
         ignore: attributes of config.json to leave unread.
+        leave_out: what the names of tensors to leave out begin with; as in `open_source`.
 
     Raises:
         CheckpointError: as `open_source`; JobError where the budget is too small or the target makes no sense.
     """
     return planning.plan(
-        open_source(path, ignore=ignore),
+        open_source(path, ignore=ignore, leave_out=leave_out),
         target(to, dtype),
         max_memory_bytes=max_memory_bytes,
         workers=workers,
@@ -103,6 +107,7 @@ def convert(
     restart: bool = False,
     distributed: bool = False,
     ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Convert a checkpoint out of core: `plan`, then run.
@@ -124,6 +129,7 @@ def convert(
         restart: throw away the unfinished work of an earlier run instead of going on with it.
         distributed: share the work with the other processes of `jax.distributed`; see `jobs.team.distributed_team`.
         ignore: as in `plan`.
+        leave_out: as in `plan`.
         progress: called as the work goes on.
 
     Raises:
@@ -132,7 +138,7 @@ def convert(
     """
     if to in streamed_targets():
         write: Callable[..., Report] = streamed_targets()[to].load()
-        source, stored = open_source(path, ignore=ignore), target("native", dtype).dtype
+        source, stored = open_source(path, ignore=ignore, leave_out=leave_out), target("native", dtype).dtype
         budget = {"max_memory_bytes": max_memory_bytes, "workers": workers}
         return write(source, Path(destination), dtype=stored, progress=progress, **budget)
     from minimax_jax.jobs.run import run
@@ -147,6 +153,7 @@ def convert(
         workers=workers,
         shard_bytes=shard_bytes,
         ignore=ignore,
+        leave_out=leave_out,
     )
     return run(planned, destination, check=check, restart=restart, team=team, progress=progress)
 
@@ -161,6 +168,7 @@ def verify(
     output: str | Path | None = None,
     workers: int = DEFAULT_WORKERS,
     ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Verification:
     """Compare two checkpoints in any two layouts, or digest one; see `jobs.verify.verify`.
@@ -174,6 +182,7 @@ def verify(
         output: a file to write the certificate to.
         workers: threads.
         ignore: attributes of config.json to leave unread.
+        leave_out: as in `plan`; of each of the two.
         progress: called as the work goes on.
 
     Raises:
@@ -190,7 +199,7 @@ def verify(
     if asked is not None:
         require_sample(asked)
     known = None if certificate is None else read_certificate(certificate)
-    sources = [open_source(path, ignore=ignore) for path in (first, second) if path is not None]
+    sources = [open_source(path, ignore=ignore, leave_out=leave_out) for path in (first, second) if path is not None]
     seen = verifying.verify(*sources, by=by, sample=asked, certificate=known, workers=workers, progress=progress)
     if output is not None:
         write_certificate(output, seen)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.location import Location
+from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.source import Source
 from minimax_jax.layout.check import Layout
 from minimax_jax.layout.config import MiniMaxConfig
@@ -29,10 +30,11 @@ class Inspection:
         layout: whose names its tensors have.
         config: its config.
         files: how many safetensors files it has.
-        total: all its tensors.
+        total: all tensors of the model.
         by_dtype: its tensors by stored dtype, in safetensors' spelling.
         by_kind: its tensors by kind, named as the table names it natively.
         sidecar: source scales beside it, if there are any.
+        left_out: tensors in its files that are not the model's, and that nothing reads.
     """
 
     path: Location
@@ -43,6 +45,7 @@ class Inspection:
     by_dtype: dict[str, Tally]
     by_kind: dict[str, Tally]
     sidecar: Tally
+    left_out: tuple[LeftOut, ...]
 
 
 def inspect(source: Source) -> Inspection:
@@ -58,6 +61,7 @@ def inspect(source: Source) -> Inspection:
         by_dtype=_by((info.dtype, info) for info in infos.values()),
         by_kind=_by((kinds[key], info) for key, info in infos.items()),
         sidecar=_tally(source.sidecar.values()),
+        left_out=source.left_out,
     )
 
 

@@ -28,6 +28,7 @@ from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.orbax import Rows
 from minimax_jax.io.source import copy_file
+from minimax_jax.jobs.left_out import warn_of
 from minimax_jax.jobs.orbax_plan import OrbaxPlan, plan
 from minimax_jax.jobs.orbax_source import open_orbax
 from minimax_jax.jobs.orbax_worker import OrbaxWorker
@@ -89,6 +90,7 @@ def write(
         seconds=ticker.seconds,
         kept_scales=len(kept),
         fresh_scales=tuple(sorted(fresh)),
+        left_out=source.left_out,
     )
 
 
@@ -117,7 +119,11 @@ def save(native: Mapping[str, Leaf], config: MiniMaxConfig, folder: str | Path) 
 
 
 def read(
-    path: str | Path, *, shardings: Sharding | Mapping[str, Any] | None = None, ignore: Collection[str] = ()
+    path: str | Path,
+    *,
+    shardings: Sharding | Mapping[str, Any] | None = None,
+    ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
 ) -> dict[str, Leaf]:
     """Read a native tree from an Orbax checkpoint that `write` or `save` has made, after a check of all of it.
 
@@ -127,6 +133,7 @@ def read(
             (what `models.sharding.shardings` gives). Each process reads the bytes of its own shards. None puts whole
             arrays on the first device of this process.
         ignore: attributes of config.json to leave unread.
+        leave_out: what the names of arrays to leave out begin with; as in `open_source`.
 
     Returns:
         New JAX arrays by native name, FP8 weights as `BlockScaled`.
@@ -138,7 +145,8 @@ def read(
         JobError: Orbax is not installed.
     """
     folder = Path(path)
-    source = open_orbax(folder, ignore=ignore)
+    source = open_orbax(folder, ignore=ignore, leave_out=leave_out)
+    warn_of(source.left_out)
     arrays, checked = source.checkpoint.tensors, source.survey
     placed = _placed(shardings, checked)
     raise_if(_sharding_problems(placed, arrays), LayoutError)

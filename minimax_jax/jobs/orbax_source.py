@@ -15,18 +15,20 @@ from minimax_jax.io.location import Location
 from minimax_jax.io.orbax import Rows
 from minimax_jax.io.reader import Reader
 from minimax_jax.io.source import OpenFile
+from minimax_jax.jobs.left_out import set_aside
 from minimax_jax.jobs.source import Source
 from minimax_jax.layout.check import survey
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.specs import TensorSpec
 
 
-def open_orbax(path: str | Path, *, ignore: Collection[str] = ()) -> Source:
+def open_orbax(path: str | Path, *, ignore: Collection[str] = (), leave_out: Collection[str] = ()) -> Source:
     """Open an Orbax checkpoint of a native tree and check all of it but the values; `open_source` calls this.
 
     Args:
         path: the folder, with config.json in it.
         ignore: attributes of config.json to leave unread.
+        leave_out: as in `open_source`.
 
     Returns:
         A source as any other; the file of a tensor is the checkpoint's folder and its name.
@@ -43,9 +45,16 @@ def open_orbax(path: str | Path, *, ignore: Collection[str] = ()) -> Source:
     tensors = {key: _info(array) for key, array in arrays.items()}
     states: dict[Location, FileState] = {folder: _state(folder)}
     checkpoint = Checkpoint(path=folder, tensors=tensors, metadata={}, files=(), index_file=None, states=states)
-    checked = survey(tensors, config, layout="native")
+    checkpoint, left_out = set_aside(checkpoint, config, leave_out)
+    checked = survey(checkpoint.tensors, config, layout="native")
     return Source(
-        path=folder, checkpoint=checkpoint, config=config, survey=checked, sidecar={}, open_reader=OrbaxReader
+        path=folder,
+        checkpoint=checkpoint,
+        config=config,
+        survey=checked,
+        sidecar={},
+        left_out=left_out,
+        open_reader=OrbaxReader,
     )
 
 

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 
 from minimax_jax.io.reader import Reader
+from minimax_jax.jobs.left_out import warn_of
 from minimax_jax.jobs.source import Source, open_source
 from minimax_jax.layout.specs import Entry
 from minimax_jax.leaves import Leaf, load, native_leaf
 
 
-def read_tree(path: str | Path, *, ignore: Collection[str] = ()) -> dict[str, Leaf]:
+def read_tree(path: str | Path, *, ignore: Collection[str] = (), leave_out: Collection[str] = ()) -> dict[str, Leaf]:
     """All tensors of a checkpoint as numpy views of the files, after the same checks as any other job makes.
 
     Args:
         path: a folder, or one safetensors file with a config.json beside it.
         ignore: attributes of config.json to leave unread.
+        leave_out: what the names of tensors to leave out begin with; as in `open_source`.
 
     Returns:
         Read-only views by the checkpoint's own names. A Hugging Face checkpoint gives what `from_hf` takes, a native
@@ -28,7 +30,8 @@ def read_tree(path: str | Path, *, ignore: Collection[str] = ()) -> dict[str, Le
     Raises:
         CheckpointError: as `open_source`.
     """
-    source = open_source(path, ignore=ignore)
+    source = open_source(path, ignore=ignore, leave_out=leave_out)
+    warn_of(source.left_out)
     with source.reader() as reader:
         views = {key: reader.view(info) for key, info in source.checkpoint.tensors.items()}
     if source.survey.layout == "hf":

@@ -13,6 +13,7 @@ from rich.text import Text
 from minimax_jax.io.jsonfile import shown
 from minimax_jax.jobs.compare import RELATIONS, Comparison
 from minimax_jax.jobs.inspect import Inspection, Tally
+from minimax_jax.jobs.left_out import LeftOut, left_out_json
 from minimax_jax.jobs.plan import Plan
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def inspection_json(seen: Inspection) -> dict[str, Any]:
         "bytes": seen.total.nbytes,
         "by_dtype": _tallies(seen.by_dtype),
         "by_kind": _tallies(seen.by_kind),
+        "left_out": left_out_json(seen.left_out),
         "source_scales": {"tensors": seen.sidecar.tensors, "bytes": seen.sidecar.nbytes},
         "config": seen.config.to_dict(),
     }
@@ -61,6 +63,7 @@ def inspection_view(seen: Inspection) -> Iterator[Any]:
     )
     if seen.sidecar.tensors:
         yield f"source scales for a byte-exact FP8 export: {seen.sidecar.tensors} tensors, {size(seen.sidecar.nbytes)}"
+    yield from _left_out_view(seen.left_out)
     yield _tally_table("dtype", seen.by_dtype)
     yield _tally_table("kind", seen.by_kind)
 
@@ -77,6 +80,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
         "peak_memory_bytes": plan.peak_bytes,
+        "left_out": left_out_json(plan.source.left_out),
         "files": [
             {"name": shard.file_name, "bytes": shard.file_bytes, "tensors": list(shard.tensors)}
             for shard in (*plan.shards, *plan.sidecar)
@@ -87,6 +91,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def plan_view(plan: Plan) -> Iterator[Any]:
     """A plan to look at."""
     yield f"{plan.source.path} ({plan.source.survey.layout}) to {plan.target.layout}, weights in {plan.target.dtype}"
+    yield from _left_out_view(plan.source.left_out)
     facts = Table(show_header=False, box=None)
     facts.add_row("read", f"{size(plan.read_bytes)} in {len(plan.source.checkpoint.files)} files")
     tensors = sum(len(shard.tensors) for shard in plan.shards)
@@ -110,6 +115,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "seconds": round(report.seconds, 3),
         "kept_source_scales": report.kept_scales,
         "fresh_scales": list(report.fresh_scales),
+        "left_out": left_out_json(report.left_out),
     }
 
 
@@ -120,6 +126,7 @@ def report_view(report: Report) -> Iterator[str]:
     if report.kept_scales or report.fresh_scales:
         kept, fresh = report.kept_scales, len(report.fresh_scales)
         yield f"FP8 weights: {kept:,} with their source scales, {fresh:,} with fresh ones"
+    yield from _left_out_view(report.left_out)
 
 
 def verification_view(seen: Verification) -> Iterator[Any]:
@@ -130,6 +137,7 @@ def verification_view(seen: Verification) -> Iterator[Any]:
     for checkpoint in seen.checkpoints:
         tensors = f"{len(checkpoint.digests):,} tensors"
         yield f"{checkpoint.path} ({checkpoint.layout}): {tensors}, sha256 {checkpoint.sha256}"
+        yield from _left_out_view(checkpoint.left_out)
         yield from _unusual_view(checkpoint)
     yield _layer_table(seen.layers)
     if seen.comparisons:
@@ -141,6 +149,10 @@ def verification_view(seen: Verification) -> Iterator[Any]:
     if seen.comparisons or seen.held is not None:
         by = seen.by if seen.held is None else "bytes"
         yield "the same" if seen.good else f"NOT the same by {by}"
+
+
+def _left_out_view(left_out: Sequence[LeftOut]) -> Iterator[str]:
+    yield from map(str, left_out)
 
 
 def _unusual_view(checkpoint: Digested) -> Iterator[str]:

@@ -19,6 +19,7 @@ from minimax_jax.io.journal import Journal, has_records, read_journals
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.source import copy_file
 from minimax_jax.io.writer import Writer
+from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.plan import Plan
 from minimax_jax.jobs.team import FAILED, SOLO, Team
 from minimax_jax.jobs.units import Unit
@@ -46,6 +47,7 @@ class Report:
         seconds: wall-clock time.
         kept_scales: weights that were quantised with their source scales, byte for byte what they were.
         fresh_scales: names of weights that were quantised with scales by amax.
+        left_out: tensors in the files of the source that are not the model's: they were not converted.
     """
 
     destination: Path
@@ -55,6 +57,7 @@ class Report:
     seconds: float
     kept_scales: int
     fresh_scales: tuple[str, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def run(
@@ -172,6 +175,8 @@ def _stamp(plan: Plan) -> Iterator[tuple[str, str]]:
     for name, config in (("config", plan.config), ("config of the source", plan.source.config)):
         yield name, _sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     yield "division into files", _sha256(b"".join(shard.header for shard in (*plan.shards, *plan.sidecar)))
+    left_out = [key for part in plan.source.left_out for key in part.keys]
+    yield "left out", _sha256("\n".join(sorted(left_out)).encode()) if left_out else "nothing"
     for file, state in plan.source.readable.states.items():
         yield f"source file {file}", str(state)
 
@@ -189,6 +194,7 @@ def _report(plan: Plan, destination: Path, seconds: float, records: Mapping[str,
         seconds=seconds,
         kept_scales=sum(record[KEPT] for record in records.values()),
         fresh_scales=tuple(sorted(key for record in records.values() for key in record[FRESH])),
+        left_out=plan.source.left_out,
     )
 
 

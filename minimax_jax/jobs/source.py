@@ -16,6 +16,7 @@ from minimax_jax.io.jsonfile import shown
 from minimax_jax.io.location import Location, locate
 from minimax_jax.io.orbax import is_orbax
 from minimax_jax.io.reader import Reader
+from minimax_jax.jobs.left_out import LeftOut, set_aside
 from minimax_jax.layout.check import Survey, survey
 from minimax_jax.layout.config import CONFIG_NAME, MOST_CONFIG_BYTES, MiniMaxConfig
 from minimax_jax.layout.specs import Entry, TensorSpec
@@ -35,10 +36,11 @@ class Source:
 
     Attributes:
         path: the folder or file that was named; a URL with its revision resolved.
-        checkpoint: its files and tensors.
+        checkpoint: its files, and the tensors of the model.
         config: its config; where a sidecar of source scales stands by, with the block size of those.
         survey: which layout it has, and the stored dtype of every entry.
         sidecar: block scales of the FP8 source, by native scale name; empty when there are none.
+        left_out: tensors in its files that are not the model's, and that nothing reads.
         open_reader: makes the reader of its tensors: of a safetensors checkpoint, and of one in other files.
     """
 
@@ -47,6 +49,7 @@ class Source:
     config: MiniMaxConfig
     survey: Survey
     sidecar: Mapping[str, TensorInfo]
+    left_out: tuple[LeftOut, ...] = ()
     open_reader: Callable[[Checkpoint], Reader] = Reader
 
     def reader(self) -> Reader:
@@ -83,7 +86,7 @@ def batches(entry: Entry, memory_bytes: int, most_bytes: int) -> Iterator[tuple[
         yield entry.narrow(slice(first, first + at_once)), first
 
 
-def open_source(path: str | Location, *, ignore: Collection[str] = ()) -> Source:
+def open_source(path: str | Location, *, ignore: Collection[str] = (), leave_out: Collection[str] = ()) -> Source:
     """Open a checkpoint and check all of it: config, headers, names, shapes, dtypes. No tensor is read.
 
     Args:
@@ -92,6 +95,8 @@ def open_source(path: str | Location, *, ignore: Collection[str] = ()) -> Source
             repository, shards are fetched into the hub's cache when they are read; `?keep=N` behind its name keeps
             at most N of them on disk at a time, and none for 0. A folder may also be an Orbax checkpoint.
         ignore: attributes of config.json to leave unread.
+        leave_out: what the names of further tensors begin with (`model.vision`), that are to be left out. MTP modules
+            that config.json announces are left out by themselves; any other tensor that is not the model's is an error.
 
     Raises:
         ConfigError: config.json is missing, malformed or describes something unsupported.
@@ -102,7 +107,7 @@ def open_source(path: str | Location, *, ignore: Collection[str] = ()) -> Source
     if isinstance(place, Path) and is_orbax(place):
         from minimax_jax.jobs.orbax_source import open_orbax  # which is made of what is here
 
-        return open_orbax(place, ignore=ignore)
+        return open_orbax(place, ignore=ignore, leave_out=leave_out)
     checkpoint = open_checkpoint(place)
     folder = place if places.is_folder(place) else place.parent
     config = _read_config(folder, ignore)
@@ -110,11 +115,12 @@ def open_source(path: str | Location, *, ignore: Collection[str] = ()) -> Source
     if scales is not None:
         config = _with_block_of(scales, config)
         checkpoint = dataclasses.replace(checkpoint, states={**checkpoint.states, **scales.states})
+    checkpoint, left_out = set_aside(checkpoint, config, leave_out)
     checked = survey(checkpoint.tensors, config)
     sidecar = {} if scales is None else scales.tensors
     raise_if(_misfits(sidecar, checked), LayoutError)
     raise_if(_unsized_blocks(checked, folder), ConfigError)
-    return Source(path=place, checkpoint=checkpoint, config=config, survey=checked, sidecar=sidecar)
+    return Source(path=place, checkpoint=checkpoint, config=config, survey=checked, sidecar=sidecar, left_out=left_out)
 
 
 def sidecar_metadata(config: MiniMaxConfig) -> dict[str, str]:

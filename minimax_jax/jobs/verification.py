@@ -10,6 +10,7 @@ from minimax_jax.io.location import Location
 from minimax_jax.jobs.certified import Held
 from minimax_jax.jobs.compare import Comparison, Relation
 from minimax_jax.jobs.digests import Digest, FileDigest, overall
+from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.numbers import Unusual
 from minimax_jax.jobs.sample import Sample
 from minimax_jax.layout.check import Layout
@@ -29,6 +30,7 @@ class Digested:
         files: the files that hold them and that lie beside them.
         unusual: numbers that a sound checkpoint does not hold; they are told, and make no difference.
         unread: attributes of config.json that were left unread.
+        left_out: tensors in its files that are not the model's; they were not looked at.
     """
 
     path: Location
@@ -38,6 +40,7 @@ class Digested:
     files: tuple[FileDigest, ...]
     unusual: tuple[Unusual, ...]
     unread: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
 
     @property
     def sha256(self) -> str:

@@ -126,6 +126,7 @@ def _digested(source: Source, which: int, looks: Sequence[Look]) -> Digested:
         files=tuple(file_digests(source)),
         unusual=merged(found for look in looks for found in look.unusual[which]),
         unread=tuple(sorted(source.config.extra)),
+        left_out=source.left_out,
     )
 
 

@@ -73,6 +73,9 @@ _SUPPORTED: Mapping[str, tuple[Any, ...]] = {
 _ATTENTION = "attn_type_list"
 """One number a layer; 1 is full attention, the only supported kind."""
 
+MTP_COUNTS = ("num_mtp_modules", "num_nextn_predict_layers")
+"""Attributes that say how many MTP modules there are: MiniMax's, and that of other families, which exporters copy."""
+
 _DEAD = (
     *("_name_or_path", "auto_map", "transformers_version"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "max_model_len", "use_cache", "return_dict"),
@@ -80,7 +83,7 @@ _DEAD = (
     *("output_attentions", "output_hidden_states", "output_router_logits"),
     *("router_aux_loss_coef", "router_jitter_noise", "use_grouped_topk", "shared_moe_mode"),
     *("mlp_intermediate_size", "swa_rope_theta"),
-    *("use_mtp", "num_mtp_modules", "mtp_transformer_layers"),
+    *("use_mtp", *MTP_COUNTS, "mtp_transformer_layers"),
 )
 """Attributes that change no tensor and no logit: dead, or about training, tokens, or MTP modules never published."""
 
@@ -147,6 +150,12 @@ def write(config: MiniMaxConfig) -> dict[str, Any]:
             "modules_to_not_convert": list(config.modules_to_not_convert),
         }
     return written
+
+
+def mtp_modules(extra: Mapping[str, Any]) -> int:
+    """How many MTP modules the attributes announce; 0 where they say that there are none, or nothing sensible."""
+    counts = [count for name in MTP_COUNTS if type(count := extra.get(name)) is int]
+    return 0 if extra.get("use_mtp") is False else max(0, *counts, 0)
 
 
 def _flattened(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,8 +51,7 @@ def survey(
         LayoutError: everything that is missing, unexpected, incomplete, of a wrong shape or dtype, FP8 without scales
             or scales without FP8. Many problems of one kind are told as one, with their number.
     """
-    bare = bool(tensors) and not any(key.startswith(PREFIX) for key in tensors)
-    table = specs(config, "" if bare else PREFIX)
+    table = table_of(tensors, config)
     layout = _settle(tensors, table, layout)
     checks = [EntryCheck(entry, layout, tensors) for entry in table.entries]
     known = {name for check in checks for name in check.names}
@@ -64,6 +63,12 @@ def survey(
             explain(tensors, table, layout=layout, problems=problems, unexpected=unexpected, partial=partial)
         )
     return Survey(layout=layout, specs=table, dtypes={check.entry.native: check.dtype for check in wanted})
+
+
+def table_of(keys: Collection[str], config: MiniMaxConfig) -> Specs:
+    """The specs of a checkpoint with these names: some exports leave out the prefix of the published ones."""
+    bare = bool(keys) and not any(key.startswith(PREFIX) for key in keys)
+    return specs(config, "" if bare else PREFIX)
 
 
 def detect(keys: Collection[str], table: Specs) -> Layout | None:

@@ -69,6 +69,11 @@ class MiniMaxConfig:
         """Rows and columns of one FP8 block: the checkpoint's own, or the published (128, 128)."""
         return self.weight_block_size or DEFAULT_BLOCK
 
+    @property
+    def mtp_modules(self) -> int:
+        """How many MTP modules config.json announces; published checkpoints lack them all the same."""
+        return attributes.mtp_modules(self.extra)
+
     def replace(self, **changes: Any) -> MiniMaxConfig:
         """A copy with `changes` applied; unknown names raise TypeError."""
         return dataclasses.replace(self, **changes)

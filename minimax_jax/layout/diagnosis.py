@@ -97,7 +97,7 @@ def _miscounted(
     file = tensors[key].file if key else None
     remedies = ["fetch an incomplete download again"] if absent else []
     if surplus and attribute == "num_hidden_layers":
-        remedies.append("leave out MTP modules, which are not supported")
+        remedies.append("name MTP modules in leave_out (--leave-out)")
     yield Problem(
         what=f"the tensors do not fit {attribute} of config.json",
         file=str(file) if file else None,
@@ -109,8 +109,11 @@ def _miscounted(
 
 
 def _unexpected(key: str, stored: Stored, table: Specs) -> Problem:
-    what = "name of the other layout" if key in table.places else "unexpected tensor"
-    return problem_of(what, key, stored, expected="no such tensor", got=f"{stored.dtype} {list(stored.shape)}")
+    got = f"{stored.dtype} {list(stored.shape)}"
+    if key in table.places:
+        return problem_of("name of the other layout", key, stored, expected="no such tensor", got=got)
+    remedy = "if nobody is to read it, name what it begins with in leave_out (--leave-out)"
+    return problem_of("unexpected tensor", key, stored, expected="no such tensor", got=got, remedy=remedy)
 
 
 def _folded(problems: Iterable[Problem]) -> Iterator[Problem]:

@@ -123,6 +123,7 @@ class Specs:
 
     Attributes:
         config: the checkpoint's config.
+        prefix: what stands in front of names below the model.
         entries: one for each native tensor, in the order of a forward pass.
         by_native: the same by native name.
         places: for each Hugging Face name (scales included), where it goes.
@@ -130,9 +131,14 @@ class Specs:
 
     def __init__(self, config: MiniMaxConfig, prefix: str = PREFIX):
         self.config = config
+        self.prefix = prefix
         self.entries = tuple(_entries(config, prefix))
         self.by_native = {entry.native: entry for entry in self.entries}
         self.places = dict(_places(self.entries))
+
+    def knows(self, key: str) -> bool:
+        """Whether a tensor of this name belongs to the checkpoint, in either layout."""
+        return key in self.places or key.removesuffix(SCALE_SUFFIX) in self.by_native
 
     def hf(self, scaled: str = "F8_E4M3") -> Iterator[TensorSpec]:
         """Every tensor of the Hugging Face form, block-scaled rows stored as `scaled` (`F8_E4M3`, `BF16`, `F32`)."""

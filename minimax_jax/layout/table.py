@@ -145,6 +145,15 @@ def dissect(key: str) -> Name:
     return Name(".".join(pieces), numbers.get("layers") if pieces[0] == "layers" else None, numbers.get("experts"))
 
 
+MTP_PREFIXES = (PREFIX + "mtp_layers.", PREFIX + "mtp.", "mtp_layers.", "mtp.")
+"""What names of multi-token-prediction (MTP) modules begin with, where they do not count on as layers past the last."""
+
+
+def layer_prefix(layer: int, prefix: str = PREFIX) -> str:
+    """What all names in a layer begin with; `prefix` as in `specs`."""
+    return f"{prefix}layers.{layer}."
+
+
 TRANSFORMERS = {
     _MLP + "gate.e_score_correction_bias": _MLP + "e_score_correction_bias",
     _MLP + "experts.gate_and_up_projs": _MLP + "experts.gate_up_proj",

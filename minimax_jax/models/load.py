@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 
 from minimax_jax.errors import JobError, LayoutError, Problem, raise_if
 from minimax_jax.jobs.heap import give_back
+from minimax_jax.jobs.left_out import warn_of
 from minimax_jax.jobs.source import Source, open_source
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.leaves import Leaf, native_blocks
@@ -54,6 +55,7 @@ def load(
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
     workers: int = DEFAULT_WORKERS,
     ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
     progress: Listener | None = None,
 ) -> dict[str, Leaf]:
     """Load a checkpoint as a native tree of sharded arrays.
@@ -73,6 +75,7 @@ def load(
         max_memory_bytes: budget of host memory over what the process holds at the start and the arrays themselves.
         workers: threads.
         ignore: attributes of config.json to leave unread.
+        leave_out: what the names of tensors to leave out begin with; as in `open_source`.
         progress: called on the calling thread after each unit of work, with bytes of this process.
 
     Returns:
@@ -83,7 +86,8 @@ def load(
         JobError: a mesh and rules that do not fit the model, or a budget too small for one expert.
         LayoutError: an unsupported dtype.
     """
-    source = open_source(path, ignore=ignore)
+    source = open_source(path, ignore=ignore, leave_out=leave_out)
+    warn_of(source.left_out)
     arrays = _arrays(source, mesh, rules, dtype, stacked)
     return _load(source, arrays, max_memory_bytes=max_memory_bytes, workers=workers, progress=progress)
 
@@ -98,6 +102,7 @@ def load_model(
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
     workers: int = DEFAULT_WORKERS,
     ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
     progress: Listener | None = None,
 ) -> MiniMaxForCausalLM:
     """Load a checkpoint as a Flax NNX model of sharded weights.
@@ -112,13 +117,15 @@ def load_model(
         max_memory_bytes: as in `load`.
         workers: as in `load`.
         ignore: as in `load`.
+        leave_out: as in `load`.
         progress: as in `load`.
 
     Raises:
         CheckpointError: as `load`; JobError for a mesh of other axes.
     """
     raise_if(_explicit_axes(mesh), JobError)
-    source = open_source(path, ignore=ignore)
+    source = open_source(path, ignore=ignore, leave_out=leave_out)
+    warn_of(source.left_out)
     arrays = _arrays(source, mesh, rules, dtype, stacked)
     native = _load(source, arrays, max_memory_bytes=max_memory_bytes, workers=workers, progress=progress)
     return MiniMaxForCausalLM(source.config, native, dtype=jnp.bfloat16 if dtype is None else dtype)

@@ -26,6 +26,7 @@ def smoke_test(
     seed: int = 0,
     dtype: str = "fp8",
     ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> list[list[int]]:
     """Load a model with its experts spread over all local devices, and continue prompts.
@@ -38,6 +39,7 @@ def smoke_test(
         seed: of sampling.
         dtype: of weights on the device: `fp8` keeps what is stored, `bf16` and `f32` dequantise.
         ignore: attributes of config.json to leave unread.
+        leave_out: as in `load_model`.
         progress: called as the weights are read.
 
     Returns:
@@ -47,7 +49,15 @@ def smoke_test(
         CheckpointError: as `load_model`; JobError for prompts that the model cannot take.
     """
     mesh = _experts_mesh() if len(jax.local_devices()) > 1 else None
-    model = load_model(path, mesh=mesh, dtype=_DTYPES[dtype], stacked=True, ignore=ignore, progress=progress)
+    model = load_model(
+        path,
+        mesh=mesh,
+        dtype=_DTYPES[dtype],
+        stacked=True,
+        ignore=ignore,
+        leave_out=leave_out,
+        progress=progress,
+    )
     tokens, lengths = pad_prompts(prompts)
     key = jax.random.key(seed) if temperature else None
     done = generate(model, tokens, lengths, max_new_tokens=max_new_tokens, temperature=temperature, key=key)

@@ -1,0 +1,180 @@
+"""Tensors that are not the model's: MTP modules that the config announces, and what is named, are left out and said."""
+
+import json
+import warnings
+
+import folders
+import pytest
+import torch
+from command_line import run, run_json
+from safetensors.torch import save_file
+
+import minimax_jax as mj
+from minimax_jax import synthetic
+from minimax_jax.errors import LayoutError
+
+CONFIG = synthetic.config(layers=2, experts=3)
+MTP = ["model.mtp_layers.0.eh_proj.weight", "model.mtp_layers.0.self_attn.q_proj.weight"]
+VISION = ["vision.patch.weight", "vision.norm.weight"]
+PAST = ["model.layers.2.enorm.weight", "model.layers.2.self_attn.q_proj.weight", "model.layers.3.eh_proj.weight"]
+
+
+def made(folder, names, **announced):
+    """A checkpoint with some further tensors, 24 bytes each, in a file of their own."""
+    synthetic.synthesize(folder, CONFIG, shard_bytes=300_000)
+    if names:
+        save_file({name: torch.ones(2, 3) for name in names}, folder / "more.safetensors")
+        index = folder / "model.safetensors.index.json"
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        folders.edit_json(index, weight_map=weight_map | dict.fromkeys(names, "more.safetensors"))
+    folders.edit_json(folder / "config.json", **announced)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("plain") / "hf", [])
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("mtp") / "hf", MTP + PAST, use_mtp=True, num_mtp_modules=3)
+
+
+def names_of(left_out):
+    return {part.prefix: sorted(part.keys) for part in left_out}
+
+
+def told_in(said):
+    return {part["prefix"]: (part["announced_by_config"], part["bytes"], sorted(part["tensors"])) for part in said}
+
+
+ANNOUNCED = {
+    "model.mtp_layers.": (True, 48, MTP),
+    "model.layers.2.": (True, 48, PAST[:2]),
+    "model.layers.3.": (True, 24, PAST[2:]),
+}
+
+
+def test_every_report_says_what_was_left_out(modules, tmp_path):
+    assert told_in(run_json("inspect", modules)[0]["left_out"]) == ANNOUNCED
+    assert told_in(run_json("plan", modules)[0]["left_out"]) == ANNOUNCED
+    assert told_in(run_json("convert", modules, tmp_path / "native")[0]["left_out"]) == ANNOUNCED
+    (verified,) = run_json("verify", modules)[0]["checkpoints"]
+    assert told_in(verified["left_out"]) == ANNOUNCED
+    for command in (
+        ["inspect", modules],
+        ["plan", modules],
+        ["convert", modules, tmp_path / "hf"],
+        ["verify", modules],
+    ):
+        shown = run(*command)[0]
+        assert all(name in shown for name in (MTP[0], PAST[2], "48 bytes", "config.json announces")), command
+
+
+@pytest.mark.parametrize("to", ["native", "orbax", "dcp"])
+def test_the_model_itself_is_converted_as_without_them(modules, plain, tmp_path, to):
+    if to == "orbax":
+        pytest.importorskip("orbax.checkpoint")
+    report = mj.convert(modules, tmp_path / "with", to=to, dtype="fp8")
+    assert names_of(report.left_out) == {prefix: names for prefix, (_, _, names) in ANNOUNCED.items()}
+    assert mj.convert(plain, tmp_path / "without", to=to, dtype="fp8").left_out == ()
+    if to == "native":
+        assert folders.stored(tmp_path / "with") == folders.stored(tmp_path / "without")
+        assert mj.verify(tmp_path / "with", plain, by="bytes").good
+
+
+@pytest.mark.parametrize(
+    "announced", [{}, {"use_mtp": False, "num_mtp_modules": 3}, {"num_mtp_modules": 0}, {"num_mtp_modules": True}]
+)
+@pytest.mark.parametrize("names", [MTP, PAST])
+def test_modules_that_nobody_announces_are_refused(tmp_path, names, announced):
+    folder = made(tmp_path / "hf", names, **announced)
+    with pytest.raises(LayoutError) as caught:
+        mj.inspect(folder)
+    assert all("--leave-out" in problem.remedy for problem in caught.value.problems)
+
+
+def test_another_family_s_count_announces_them_too(tmp_path):
+    folder = made(tmp_path / "hf", PAST[:2], num_nextn_predict_layers=1)
+    assert names_of(mj.inspect(folder).left_out) == {"model.layers.2.": PAST[:2]}
+
+
+def test_more_modules_than_announced_are_refused(tmp_path):
+    folder = made(tmp_path / "hf", PAST, num_mtp_modules=1)
+    with pytest.raises(LayoutError, match="num_hidden_layers") as caught:
+        mj.inspect(folder)
+    assert caught.value.problems[0].key == PAST[2]
+
+
+def test_a_layer_like_the_model_s_own_is_no_module(tmp_path):
+    synthetic.synthesize(tmp_path / "hf", synthetic.config(layers=3, experts=3))
+    folders.edit_json(
+        tmp_path / "hf" / "config.json", num_hidden_layers=2, attn_type_list=[1, 1], use_mtp=True, num_mtp_modules=3
+    )
+    with pytest.raises(LayoutError, match="num_hidden_layers"):
+        mj.inspect(tmp_path / "hf")
+    seen = mj.inspect(tmp_path / "hf", leave_out=["model.layers.2"])
+    assert [part.announced for part in seen.left_out] == [False] and seen.config.num_hidden_layers == 2
+
+
+def test_what_is_named_is_left_out_and_nothing_else(plain, tmp_path):
+    folder = made(tmp_path / "hf", VISION)
+    for leave_out in ((), ["visio"], ["vision.patch"]):
+        with pytest.raises(LayoutError, match="unexpected tensor"):
+            mj.plan(folder, leave_out=leave_out)
+    for leave_out in (["vision"], ["vision."], ["vision.patch", "vision.norm.weight"], ["absent", "vision"]):
+        seen = mj.inspect(folder, leave_out=leave_out)
+        assert sorted(key for part in seen.left_out for key in part.keys) == sorted(VISION)
+        assert not any(part.announced for part in seen.left_out)
+        assert (seen.total, seen.by_kind) == (mj.inspect(plain).total, mj.inspect(plain).by_kind)
+    assert mj.verify(folder, plain, by="bytes", leave_out=["vision"]).good
+    run("convert", folder, tmp_path / "native", "--leave-out", "vision", "--dtype", "fp8")
+    assert mj.verify(tmp_path / "native", plain, by="bytes").good
+
+
+@pytest.mark.parametrize("name", ["model.layers.1", "lm_head", "model", "", ".", "model.layers.0.mlp.gate.weight"])
+def test_a_tensor_of_the_model_cannot_be_left_out(plain, name):
+    with pytest.raises(LayoutError, match="belongs to the model"):
+        mj.inspect(plain, leave_out=[name])
+
+
+def test_an_unfinished_job_knows_what_it_leaves_out(tmp_path, monkeypatch):
+    folder = made(tmp_path / "hf", [*MTP, *VISION], num_mtp_modules=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("minimax_jax.jobs.run._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            mj.convert(folder, tmp_path / "out", leave_out=["vision"])
+    folders.edit_json(folder / "config.json", num_mtp_modules=None)
+    with pytest.raises(mj.JobError, match="config of the source differs") as caught:
+        mj.convert(folder, tmp_path / "out", leave_out=["vision", "model.mtp_layers"])
+    assert not any("left out" in problem.what for problem in caught.value.problems)  # the same names, on another's word
+    folders.edit_json(folder / "config.json", num_mtp_modules=1)
+    assert names_of(mj.convert(folder, tmp_path / "out", leave_out=["vision"]).left_out).keys() == {
+        "vision.",
+        "model.mtp_layers.",
+    }
+
+
+def test_a_certificate_covers_every_byte_but_theirs(modules, tmp_path):
+    mj.verify(modules, output=tmp_path / "certificate.json")
+    file = modules / "more.safetensors"
+    good = file.read_bytes()
+    try:
+        file.write_bytes(good.replace(b"F32", b"I32", 1))
+        assert not mj.verify(modules, certificate=tmp_path / "certificate.json").good
+        file.write_bytes(good[:-1] + b"\x77")
+        assert mj.verify(modules, certificate=tmp_path / "certificate.json").good
+    finally:
+        file.write_bytes(good)
+
+
+def test_calls_without_a_report_warn(modules, plain):
+    for call in (mj.read_tree, mj.load):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            tree = call(modules)
+        assert sorted("left out, MTP modules" in str(warning.message) for warning in said) == [True] * len(ANNOUNCED)
+        assert {warning.filename for warning in said} == {__file__}
+        assert tree.keys() == call(plain).keys()
+        call(modules, leave_out=list(ANNOUNCED))  # warnings are errors here
