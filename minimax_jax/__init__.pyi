@@ -10,6 +10,7 @@ from .errors import LayoutError as LayoutError
 from .errors import NumericError as NumericError
 from .errors import Problem as Problem
 from .jobs.front import convert as convert
+from .jobs.front import diff as diff
 from .jobs.front import inspect as inspect
 from .jobs.front import plan as plan
 from .jobs.front import verify as verify

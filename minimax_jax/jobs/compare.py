@@ -67,10 +67,9 @@ class Weight:
 def compare(key: str, first: Weight, second: Weight) -> Comparison:
     """Compare two weights of one shape."""
     dtypes = (NAMES[first.values.dtype], NAMES[second.values.dtype])
-    if _are_identical(first, second):
+    if are_identical(first, second):
         return Comparison(key=key, relation="identical", dtypes=dtypes)
-    common = min((_float_name(name) for name in dtypes), key=_PRECISION.index)
-    a, b = first.floats(common), second.floats(common)
+    a, b = in_common_dtype(first, second)
     if np.array_equal(bytes_of(a), bytes_of(b)):  # the usual case, and much less work than the general one
         return Comparison(key=key, relation="equal", dtypes=dtypes)
     a, b = (floats.astype(np.float32, copy=False) for floats in (a, b))  # which holds every value of the others
@@ -97,7 +96,15 @@ def bytes_of(tensor: Array) -> Array:
     return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
 
 
-def _are_identical(first: Weight, second: Weight) -> bool:
+def in_common_dtype(first: Weight, second: Weight) -> tuple[Array, Array]:
+    """Both weights as floats of the less precise dtype of the two; views where they have it already."""
+    names = (_float_name(NAMES[weight.values.dtype]) for weight in (first, second))
+    common = min(names, key=_PRECISION.index)
+    return first.floats(common), second.floats(common)
+
+
+def are_identical(first: Weight, second: Weight) -> bool:
+    """Whether they are stored as the same bytes, scales included."""
     if first.values.dtype != second.values.dtype or not np.array_equal(bytes_of(first.values), bytes_of(second.values)):
         return False
     if first.scales is None or second.scales is None:

@@ -1,4 +1,4 @@
-"""The jobs by path: what the package exports as `inspect`, `plan`, `convert` and `verify`.
+"""The jobs by path: what the package exports as `inspect`, `plan`, `convert`, `verify` and `diff`.
 
 What needs jax is imported where it is called: looking at a checkpoint and planning answer without it.
 """
@@ -20,6 +20,7 @@ from minimax_jax.jobs.streamed import streamed_targets
 from minimax_jax.progress import Progress
 
 if TYPE_CHECKING:
+    from minimax_jax.jobs.diff import Diff, Rank
     from minimax_jax.jobs.run import Check, Report
     from minimax_jax.jobs.verification import Verification
 
@@ -204,3 +205,36 @@ def verify(
     if output is not None:
         write_certificate(output, seen)
     return seen
+
+
+def diff(
+    first: str | Path,
+    second: str | Path,
+    *,
+    rank: Rank = "relative",
+    sample: str | int | None = None,
+    workers: int = DEFAULT_WORKERS,
+    ignore: Collection[str] = (),
+    progress: Callable[[Progress], None] | None = None,
+) -> Diff:
+    """What differs between two checkpoints in any two layouts, ranked by difference; see `jobs.diff.diff`.
+
+    Args:
+        first: a checkpoint.
+        second: another.
+        rank: by `relative` difference, `ulp`, `cosine` or `abs`.
+        sample: as in `verify`.
+        workers: threads.
+        ignore: attributes of config.json to leave unread.
+        progress: called as the work goes on.
+
+    Raises:
+        CheckpointError: as `open_source`; as `jobs.diff.diff`.
+    """
+    from minimax_jax.jobs import diff as differing
+
+    asked = None if sample is None else str(sample)
+    if asked is not None:
+        require_sample(asked)
+    a, b = (open_source(path, ignore=ignore) for path in (first, second))
+    return differing.diff(a, b, rank=rank, sample=asked, workers=workers, progress=progress)

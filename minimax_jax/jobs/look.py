@@ -45,6 +45,13 @@ def pieces(sources: Sequence[Source], entries: Sequence[Entry]) -> Iterator[tupl
         yield from batches(entry, _most_bytes(sources, entry), _PIECE_BYTES)
 
 
+def row_steps(sources: Sequence[Source], entry: Entry) -> Iterator[tuple[int, int]]:
+    """The rows of an entry, some at a time: from which to which, of each piece."""
+    rows = entry.shape[0]
+    step = max(1, _PIECE_BYTES * rows // _most_bytes(sources, entry))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
 def _most_bytes(sources: Sequence[Source], entry: Entry) -> int:
     return max(stored_bytes(source, entry) for source in sources)
 
@@ -81,13 +88,11 @@ def _look_at_blocks(views: Sequence[View], entry: Entry, first: int) -> Look:
 def _look_at_rows(views: Sequence[View], entry: Entry) -> Look:
     """Looks at some rows at a time: embeddings are large."""
     ((key,),) = entry.keys
-    rows = entry.shape[0]
-    step = max(1, _PIECE_BYTES * rows // _most_bytes([view.source for view in views], entry))
     hashes = [hashlib.sha256() for _ in views]
     found: list[list[Unusual]] = [[] for _ in views]
     comparisons: list[Comparison] = []
-    for start in range(0, rows, step):
-        chunks = [view.rows(entry, start, min(start + step, rows)) for view in views]
+    for start, stop in row_steps([view.source for view in views], entry):
+        chunks = [view.rows(entry, start, stop) for view in views]
         for digest, numbers, chunk in zip(hashes, found, chunks, strict=True):
             digest.update(bytes_of(chunk).data)
             numbers += unusual(key, chunk, is_scale=False)
