@@ -1,11 +1,12 @@
 """Conversions that fail: one clear error, and nothing left that could be taken for a checkpoint."""
 
 import errno
+import itertools
 import os
 import shutil
 import threading
-import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import folders
@@ -146,21 +147,29 @@ def test_a_disk_that_is_too_small_stops_it_at_once(source, out, monkeypatch):
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("call,code,kind", [("pwrite", errno.ENOSPC, JobError), ("preadv", errno.EIO, FormatError)])
 def test_a_disk_that_fails_in_the_middle_leaves_nothing(source, out, monkeypatch, call, code, kind, workers):
-    planned, real, calls = mj.plan(source, workers=workers), getattr(os, call), []
+    planned, real, calls = mj.plan(source, workers=workers), getattr(os, call), itertools.count(1)
+    stopped, shutdown = threading.Event(), ThreadPoolExecutor.shutdown
+
+    def stop(pool, **options):
+        shutdown(pool, wait=False, cancel_futures=True)
+        stopped.set()
+        shutdown(pool, **options)
 
     def failing(*args):
-        calls.append(args)
-        if len(calls) > 8:
-            time.sleep(0.1)  # time for the first error to stop the rest
+        number = next(calls)
+        if number > 9:  # what is under way goes on until the first error has stopped the rest
+            stopped.wait(60)
+        if number > 8:
             raise OSError(code, os.strerror(code))
         return real(*args)
 
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", stop)
     monkeypatch.setattr(os, call, failing)
     with pytest.raises(kind) as caught:
         run(planned, out)
     (problem,) = caught.value.problems
     assert problem.got == os.strerror(code) and problem.file and problem.file.endswith(".safetensors")
-    assert 8 < len(calls) <= 8 + 2 * workers < len(planned.units) and names(out.parent) == [".out.partial"]
+    assert 8 < next(calls) - 1 <= 8 + workers + 1 < len(planned.units) and names(out.parent) == [".out.partial"]
     assert "the same command goes on" in caught.value.__notes__[0]
     monkeypatch.undo()
     run(planned, out)
