@@ -175,7 +175,7 @@ def test_one_process_reads_every_byte_once(folder, mesh, monkeypatch):
         return done
 
     source = loading.open_source(folder / "hf-fp8")
-    monkeypatch.setattr(loading, "open_source", lambda path, ignore: source)  # headers are read before the count begins
+    monkeypatch.setattr(loading, "open_source", lambda path, **_: source)  # headers are read before the count begins
     monkeypatch.setattr(os, "preadv", count)
     axes, rules = MESHES[mesh]
     moments = []
