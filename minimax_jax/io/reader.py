@@ -5,9 +5,9 @@ from __future__ import annotations
 import mmap
 import operator
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.jsonfile import shown
 from minimax_jax.io.location import Location
 from minimax_jax.io.source import LocalFile, OpenFile, open_file
+
+Empty: TypeAlias = Callable[[tuple[int, ...], np.dtype[Any]], npt.NDArray[Any]]
+"""Gives an array of a shape and a dtype whose contents are undefined."""
 
 _GAP_BYTES = 2**18
 """Farther apart, another request costs less time than the bytes between."""
@@ -99,20 +102,24 @@ class Reader:
         fetched.flags.writeable = False
         return fetched
 
-    def read(self, info: TensorInfo, start_row: int | None = None, stop_row: int | None = None) -> npt.NDArray[Any]:
-        """The tensor, or rows `start_row` to `stop_row` of its leading axis, as a fresh array `[rows, ...]`.
+    def read(
+        self, info: TensorInfo, start_row: int | None = None, stop_row: int | None = None, *, empty: Empty = np.empty
+    ) -> npt.NDArray[Any]:
+        """The tensor, or rows `start_row` to `stop_row` of its leading axis, as an array `[rows, ...]`.
+
+        The array is fresh, or in memory that `empty` gives for a shape and a dtype.
 
         Raises:
             FormatError: the file is shorter than it was when the checkpoint was opened, or cannot be read.
             LayoutError: the tensor has no such rows.
         """
         start, shape = _row_range(info, start_row, stop_row)
-        array = np.empty(shape, info.np_dtype)
+        array = empty(shape, info.np_dtype)
         self.read_into(info.file, start, array)
         return array
 
-    def read_many(self, infos: Iterable[TensorInfo]) -> dict[str, npt.NDArray[Any]]:
-        """Tensors by key, each as a fresh array: as `read`, but those that lie close together take one request.
+    def read_many(self, infos: Iterable[TensorInfo], *, empty: Empty = np.empty) -> dict[str, npt.NDArray[Any]]:
+        """Tensors by key: as `read`, but those that lie close together take one request, into fresh arrays.
 
         That is for files behind URLs; local ones are read one by one. What lies in the gaps is fetched and forgotten,
         so for a moment this takes as much memory again as one request brings.
@@ -122,7 +129,7 @@ class Reader:
         """
         found: dict[str, npt.NDArray[Any]] = {}
         for run in _runs(infos):
-            found |= {run[0].key: self.read(run[0])} if len(run) == 1 else self._read_run(run)
+            found |= {run[0].key: self.read(run[0], empty=empty)} if len(run) == 1 else self._read_run(run)
         return found
 
     def _read_run(self, run: Sequence[TensorInfo]) -> dict[str, npt.NDArray[Any]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from minimax_jax.errors import JobError, Problem, raise_if
 from minimax_jax.io import points
 from minimax_jax.io.checkpoint import INDEX_SUFFIX
-from minimax_jax.io.files import Buffer, as_bytes, io_errors, read_exactly, sync_folder, write_exactly
+from minimax_jax.io.files import Buffer, as_bytes, io_errors, read_exactly, start_flush, sync_folder, write_exactly
 from minimax_jax.io.handles import Handles
 from minimax_jax.io.jsonfile import shown, write_json_atomic
 from minimax_jax.io.shards import ShardLayout, index_of
@@ -100,6 +100,7 @@ class Writer:
             with self._lock:
                 slot.claim(offset_bytes, offset_bytes + view.nbytes)
             write_exactly(fd, slot.file, slot.start + offset_bytes, view)
+            start_flush(fd, slot.start + offset_bytes, view.nbytes)
             with self._lock:
                 slot.written_bytes += view.nbytes
 

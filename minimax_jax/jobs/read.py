@@ -13,6 +13,7 @@ from minimax_jax.jobs.left_out import warn_of
 from minimax_jax.jobs.source import Source, open_source
 from minimax_jax.layout.specs import Entry
 from minimax_jax.leaves import Leaf, load, native_leaf
+from minimax_jax.ops.workspace import empty
 
 
 def read_tree(path: str | Path, *, ignore: Collection[str] = (), leave_out: Collection[str] = ()) -> dict[str, Leaf]:
@@ -42,13 +43,17 @@ def read_tree(path: str | Path, *, ignore: Collection[str] = (), leave_out: Coll
 def read_leaf(source: Source, reader: Reader, entry: Entry, first: int, dtype: np.dtype[Any] | None = None) -> Leaf:
     """Some experts of an entry (`first` is the first of them) as a native leaf.
 
-    `dtype` is what FP8 weights are dequantised to; None keeps them.
+    `dtype` is what FP8 weights are dequantised to; None keeps them. What is read lies in the thread's workspace, if it
+    has an active one.
     """
     if source.survey.layout == "hf":
-        tensors = reader.read_many(source.checkpoint.tensors[spec.key] for spec in source.specs(entry))
+        wanted = (source.checkpoint.tensors[spec.key] for spec in source.specs(entry))
+        tensors = reader.read_many(wanted, empty=empty)
         return load(entry, tensors, dtype)
     infos, rows = source.checkpoint.tensors, rows_of(entry, first)
-    return native_leaf(entry, {spec.key: reader.read(infos[spec.key], *rows) for spec in source.specs(entry)})
+    return native_leaf(
+        entry, {spec.key: reader.read(infos[spec.key], *rows, empty=empty) for spec in source.specs(entry)}
+    )
 
 
 def rows_of(entry: Entry, first: int) -> tuple[int, int] | tuple[None, None]:

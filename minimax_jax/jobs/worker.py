@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -21,7 +22,9 @@ from minimax_jax.jobs.read import read_leaf, rows_of
 from minimax_jax.jobs.units import Convert, Copy, GroupScales, Unit
 from minimax_jax.layout.table import SCALE_SUFFIX
 from minimax_jax.leaves import emit, group_scales, recast
+from minimax_jax.ops.host import backend
 from minimax_jax.ops.scaled import BlockScaled
+from minimax_jax.ops.workspace import Workspace, empty
 
 HostArray: TypeAlias = npt.NDArray[Any]
 Record: TypeAlias = Mapping[str, Any]
@@ -49,6 +52,8 @@ class Worker:
         self.plan, self.reader, self.writer, self.journal = plan, reader, writer, journal
         self.records: dict[str, Record] = {}
         self._found = found
+        self._workspace_bytes = max((unit.memory_bytes for unit in plan.units), default=0)
+        self._threads = threading.local()
 
     def do(self, unit: Unit) -> None:
         """Do one unit, or find it done."""
@@ -57,8 +62,10 @@ class Worker:
         if record is not None and self.holds(unit, record):
             self.adopt(unit, record)
         else:
-            self.records[name] = self._make(unit, name)
-        give_back(unit.memory_bytes)
+            with self._workspace().holding():
+                self.records[name] = self._make(unit, name)
+            if backend() == "xla":
+                give_back(unit.memory_bytes)
 
     def name(self, unit: Unit) -> str:
         """What the journal calls a unit: where its output begins, and how much it is."""
@@ -76,6 +83,13 @@ class Worker:
             self.writer.adopt(out.key, out.nbytes, out.offset_bytes)
         self.records[self.name(unit)] = record
 
+    def _workspace(self) -> Workspace:
+        """This thread's."""
+        if not hasattr(self._threads, "workspace"):
+            self._threads.workspace = Workspace(self._workspace_bytes)
+        mine: Workspace = self._threads.workspace
+        return mine
+
     def _make(self, unit: Unit, name: str) -> Record:
         fresh: list[str] = []
         kept: list[str] = []
@@ -92,7 +106,7 @@ class Worker:
     def _arrays(self, unit: Unit, kept: list[str], fresh: list[str]) -> Iterator[HostArray]:
         match unit:
             case Copy():
-                buffer = np.empty(unit.read_bytes, np.uint8)
+                buffer = empty((unit.read_bytes,), np.uint8)
                 self.reader.read_into(unit.info.file, unit.info.start + unit.start, buffer)
                 yield buffer
             case GroupScales():
@@ -116,4 +130,4 @@ class Worker:
 
     def _source_scales(self, unit: Convert) -> HostArray | None:
         info = self.plan.source.sidecar.get(unit.entry.native + SCALE_SUFFIX)
-        return None if info is None else self.reader.read(info, *rows_of(unit.entry, unit.first))
+        return None if info is None else self.reader.read(info, *rows_of(unit.entry, unit.first), empty=empty)

@@ -21,10 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from minimax_jax.errors import LayoutError, Problem
+from minimax_jax.ops import workspace
 from minimax_jax.ops.checks import Array
+from minimax_jax.ops.workspace import HostArray
+from minimax_jax.ops.workspace import empty as empty
 
-HostArray: TypeAlias = np.ndarray[Any, Any]
-Place: TypeAlias = Callable[[HostArray], jax.Array]
+Place: TypeAlias = Callable[[HostArray], Array]
 T = TypeVar("T")
 
 VARIABLE = "MINIMAX_JAX_CPU"
@@ -34,9 +36,6 @@ BITS = {np.dtype(jnp.bfloat16): np.uint16, np.dtype(np.float16): np.int16, np.dt
 
 _ENOUGH_BYTES = 2**22
 """Less than this goes through XLA, before numba is even imported."""
-
-_ALIGNMENT_BYTES = 64
-"""Of host memory that jax takes over without a copy."""
 
 
 def backend() -> Literal["numba", "xla"]:
@@ -61,7 +60,8 @@ def kernels_for(tree: Any) -> ModuleType | None:
     leaves = jax.tree.leaves(tree)
     if not leaves or not all(map(_usable, leaves)) or len(_committed_to(leaves)) > 1:
         return None
-    if any(isinstance(leaf, np.ndarray) for leaf in leaves) and _default_device().platform != "cpu":
+    here = workspace.active() is not None or not any(isinstance(leaf, np.ndarray) for leaf in leaves)
+    if not here and _default_device().platform != "cpu":
         return None
     if _asked() != "numba" and sum(leaf.nbytes for leaf in leaves) < _ENOUGH_BYTES:
         return None
@@ -69,7 +69,12 @@ def kernels_for(tree: Any) -> ModuleType | None:
 
 
 def place_of(tree: Any) -> Place:
-    """How results become jax arrays, without a copy: on the device of the arguments, as `jax.jit` has it."""
+    """How results become jax arrays, without a copy: on the device of the arguments, as `jax.jit` has it.
+
+    What lies in a workspace stays as it is: a jax array would not know that its memory is used again.
+    """
+    if workspace.active() is not None:
+        return np.ascontiguousarray
     return functools.partial(jax.device_put, device=next(iter(_committed_to(jax.tree.leaves(tree))), None))
 
 
@@ -78,15 +83,6 @@ def on_host(leaf: Array) -> HostArray:
     view: HostArray = np.ascontiguousarray(np.asarray(leaf)).view()
     view.flags.writeable = False
     return view
-
-
-def empty(shape: tuple[int, ...], dtype: Any) -> HostArray:
-    """Memory that jax can take over without a copy."""
-    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw: HostArray = np.empty(nbytes + _ALIGNMENT_BYTES, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT_BYTES
-    array: HostArray = raw[start : start + nbytes].view(dtype).reshape(shape)
-    return array
 
 
 def bits(array: Array) -> HostArray:
@@ -106,7 +102,12 @@ def ordinary(scales: Array) -> bool:
 
 
 def run(tasks: Iterable[Callable[[], T]]) -> list[T]:
-    """Results of all tasks, as many at a time as there are cores: the kernels let other threads run."""
+    """Results of all tasks, as many at a time as there are cores: the kernels let other threads run.
+
+    Who has a workspace has its own threads: there, one task after the other.
+    """
+    if workspace.active() is not None:
+        return [task() for task in tasks]
     todo = list(tasks)
     with ThreadPoolExecutor(max(1, min(len(todo), _cores())), thread_name_prefix="kernel") as pool:
         return [future.result() for future in [pool.submit(task) for task in todo]]

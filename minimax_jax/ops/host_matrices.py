@@ -21,7 +21,6 @@ from minimax_jax.ops.checks import Array, Block
 from minimax_jax.ops.fp8 import FP8
 from minimax_jax.ops.host import (
     BITS,
-    HostArray,
     Place,
     bits,
     empty,
@@ -33,6 +32,7 @@ from minimax_jax.ops.host import (
     units,
 )
 from minimax_jax.ops.scaled import BlockScaled
+from minimax_jax.ops.workspace import HostArray
 
 Matrix: TypeAlias = Array | BlockScaled
 Parts: TypeAlias = list[tuple[Matrix, ...]]
@@ -104,7 +104,7 @@ def quantize(x: Array, source: Array | None, *, block: Block, parts: int) -> tup
     return scaled, kept.reshape(*x.shape[:-2], parts)
 
 
-def _dequantize(matrix: BlockScaled, dtype: np.dtype[Any]) -> jax.Array | None:
+def _dequantize(matrix: BlockScaled, dtype: np.dtype[Any]) -> Array | None:
     kernels = kernels_for(matrix)
     if kernels is None or dtype not in BITS or not _sound(matrix) or not ordinary(np.asarray(matrix.scale_inv)):
         return None
@@ -121,13 +121,13 @@ class _Work:
 
     Attributes:
         kernels: `minimax_jax.ops.kernels_numba`.
-        place: makes a jax array of a result.
+        place: makes of a result what is given back; see `place_of`.
     """
 
     kernels: ModuleType
     place: Place
 
-    def group(self, experts: Sequence[Sequence[Array]]) -> jax.Array:
+    def group(self, experts: Sequence[Sequence[Array]]) -> Array:
         rows, cols = experts[0][0].shape
         out = empty((len(experts), cols, len(experts[0]) * rows), experts[0][0].dtype)
         each = zip(experts, units(out), strict=True)
@@ -140,7 +140,7 @@ class _Work:
         scales = np.stack([np.concatenate([part.scale_inv for part in expert]).T for expert in experts])
         return BlockScaled(values=values, scale_inv=self.place(scales), block=(block[1], block[0]), parts=parts)
 
-    def decode_group(self, experts: Sequence[Sequence[BlockScaled]], dtype: np.dtype[Any]) -> jax.Array | None:
+    def decode_group(self, experts: Sequence[Sequence[BlockScaled]], dtype: np.dtype[Any]) -> Array | None:
         if dtype not in BITS or not all(ordinary(part.scale_inv) for expert in experts for part in expert):
             return None
         (rows, cols), block = experts[0][0].shape, experts[0][0].block
