@@ -23,6 +23,7 @@ examples: .venv/test
 
 bench: .venv/test
 	$(BIN)/python benchmarks/convert.py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/torch_adapter.py $(TORCH_BENCH_FLAGS)
 
 # The compilers go into a folder of their own: jax takes every plugin that it finds for a device that is there. The CUDA
 # plugin has to be of jax's version; a newer libtpu than jax asks for compiles the codec to a third of the traffic.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -29,11 +30,8 @@ from torch_bridge.fp8 import Block, Offset
 _WORKERS = min(4, os.cpu_count() or 1)
 """Experts in work at once on CPU: a matrix is transposed while another is dequantised by all cores."""
 
-_BAND = 512
-"""Columns of a matrix in work at once, or one block where that is more: fewer save no more memory, and cost time."""
-
-_RETURN_BYTES = 8 << 20
-"""After so much has been let go of, it is given back to the system: seldom enough to cost little."""
+_BAND = 256
+"""Columns of a matrix in work at once, or one block where that is more: more are no faster, and take memory."""
 
 
 class Part(NamedTuple):
@@ -70,21 +68,39 @@ def fill(out: torch.Tensor, fillings: Iterable[Filling], block: Block) -> None:
         fillings: taken from the iterator one by one, and let go of one by one.
         block: rows and columns of one FP8 block.
     """
-    job = functools.partial(_fill, block=block)
     if not fp8.on_cpu(out):  # one stream, that of the caller
-        _run(map(job, fillings))
+        for filling in fillings:
+            _fill(filling, block)
         return
-    with ThreadPoolExecutor(_WORKERS) as pool:
-        _run(pool.map(job, fillings))
+    memory.use_huge_pages(out)
+    work, heap = _Work(fillings, block), memory.Heap(out.nbytes)
+    with ThreadPoolExecutor(_WORKERS, thread_name_prefix="experts") as pool:
+        done = [pool.submit(work.run, heap) for _ in range(_WORKERS)]
+    heap.close()
+    for worker in done:
+        worker.result()
 
 
-def _run(jobs: Iterable[int]) -> None:
-    let_go = 0
-    for nbytes in jobs:
-        let_go += nbytes
-        if let_go >= _RETURN_BYTES:
-            let_go = 0
-            memory.return_freed()
+class _Work:
+    """Fillings that several workers share, each taking the next and letting go of it before another."""
+
+    def __init__(self, fillings: Iterable[Filling], block: Block):
+        self._fillings = iter(fillings)
+        self._block = block
+        self._lock = threading.Lock()
+
+    def run(self, heap: memory.Heap) -> None:
+        """Fill places until none is left; an executor's own queue would hold on to what is done."""
+        while True:
+            nbytes = self._fill_next()
+            if nbytes is None:
+                return
+            heap.let_go(nbytes)
+
+    def _fill_next(self) -> int | None:
+        with self._lock:
+            filling = next(self._fillings, None)
+        return None if filling is None else _fill(filling, self._block)
 
 
 def contiguous(view: torch.Tensor) -> torch.Tensor:

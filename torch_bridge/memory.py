@@ -1,10 +1,60 @@
-"""A word with glibc about memory that tensors leave behind."""
+"""A word with glibc and the kernel about the memory of tensors."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import sys
+import threading
+
+import torch
+
+_HUGE_BYTES = 1 << 21
+"""A huge page, as most systems have them; where they are larger, the advice is no use and no harm."""
+
+_OFTEN_ENOUGH_BYTES = 8 << 20
+"""Memory is not given back for less: each time costs a walk through the heap."""
+
+
+class Heap:
+    """The heap while tensors are let go of: what they leave is given back before much of it has gathered.
+
+    What counts is what glibc itself says is free, beyond what was free at first. Tensors that are maps of a file, or
+    that somebody else still holds, leave nothing; what other work left behind stays, to be used again. glibc before
+    2.33 does not say: there, whatever was let go of counts. May be called from several threads.
+    """
+
+    def __init__(self, size_bytes: int):
+        """Begin to watch, for work on a result of `size_bytes`: a 32nd of it, or 8 MiB, may gather."""
+        self._most_bytes = max(_OFTEN_ENOUGH_BYTES, size_bytes // 32)
+        self._lock = threading.Lock()
+        self._known_bytes = free_bytes()
+        self._let_go_bytes = 0
+
+    def let_go(self, nbytes: int) -> None:
+        """Tensors of `nbytes` have been let go of."""
+        with self._lock:
+            self._let_go_bytes += nbytes
+            if self._gathered_bytes() > self._most_bytes:
+                self._give_back()
+
+    def close(self) -> None:
+        """The work is done: whatever it left is given back."""
+        with self._lock:
+            if self._gathered_bytes() > 0:
+                self._give_back()
+
+    def _gathered_bytes(self) -> int:
+        if not counts_free():
+            return self._let_go_bytes
+        now_bytes = free_bytes()
+        self._known_bytes = min(self._known_bytes, now_bytes)  # some of it has been taken into use again
+        return now_bytes - self._known_bytes
+
+    def _give_back(self) -> None:
+        return_freed()
+        self._known_bytes, self._let_go_bytes = free_bytes(), 0
 
 
 def return_freed() -> None:
@@ -14,8 +64,41 @@ def return_freed() -> None:
         libc.malloc_trim(ctypes.c_size_t(0))
 
 
+def free_bytes() -> int:
+    """Bytes of the heap that are free, given back already or not; 0 where it is not that of glibc 2.33 or newer."""
+    libc = _libc()
+    return int(libc.mallinfo2().fordblks) if counts_free() and libc is not None else 0
+
+
+def counts_free() -> bool:
+    """Whether `free_bytes` knows."""
+    return hasattr(_libc(), "mallinfo2")
+
+
+def use_huge_pages(tensor: torch.Tensor) -> None:
+    """Advise the system to back a new CPU tensor by huge pages, as numpy does: most of filling it is page faults."""
+    libc, advice = _libc(), getattr(mmap, "MADV_HUGEPAGE", None)
+    start = -(-tensor.data_ptr() // _HUGE_BYTES) * _HUGE_BYTES
+    length = (tensor.data_ptr() + tensor.nbytes) // _HUGE_BYTES * _HUGE_BYTES - start
+    if libc is not None and advice is not None and length > 0:
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+
+
+class _Mallinfo2(ctypes.Structure):
+    """What `mallinfo2` returns, as malloc.h has it."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
+        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
+    ]
+
+
 @functools.cache
 def _libc() -> ctypes.CDLL | None:
     """The C library, if it is glibc."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return libc if hasattr(libc, "malloc_trim") else None
+    if libc is None or not hasattr(libc, "malloc_trim"):
+        return None
+    if hasattr(libc, "mallinfo2"):  # glibc 2.33
+        libc.mallinfo2.restype = _Mallinfo2
+    return libc

@@ -1,0 +1,148 @@
+"""torch_bridge's adapter beside NeMo AutoModel's: speed and peak memory of `from_hf`, from FP8 and from bf16.
+
+Both convert the same layer at the published shapes to bf16, in turn, in one process, several rounds; the first round
+is each one's first call. Each call gets tensors of its own, consumes them, and begins with a heap that has been given
+back to the system. Results are checked for bit equality before they count. GB/s are gigabytes of source a second; a
+peak is the most memory in use during a call, its input among it, beyond what was in use before, over the size of the
+output. Backends are measured in processes of their own. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from nemo_automodel.components.models.minimax_m2.state_dict_adapter import MiniMaxM2StateDictAdapter as Nemos
+
+from minimax_jax.ops.host import VARIABLE
+from torch_bridge import MiniMaxM2StateDictAdapter as Ours
+from torch_bridge import memory
+
+HIDDEN, INTER, BLOCK = 3072, 1536, 128
+ADAPTERS = {"nemo": Nemos, "ours": Ours}
+BACKENDS = ("numba", "xla")
+SOURCES = ("fp8", "bf16")
+Tensors = dict[str, torch.Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--experts", type=int, default=16, help="experts of the one layer, at the published shapes")
+    parser.add_argument("--rounds", type=int, default=3, help="after the first calls")
+    parser.add_argument("--backend", choices=BACKENDS, help="measure this one, in this process; else all, in others")
+    parser.add_argument("--quick", action="store_true", help="2 experts, one round: a check that it runs")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    options = parser.parse_args()
+    if options.quick:
+        options.experts, options.rounds = 2, 1
+    if options.backend:
+        os.environ[VARIABLE] = options.backend
+        print(json.dumps({source: measure(source, options.experts, options.rounds) for source in SOURCES}))
+        return
+    figures = {backend: in_process(backend, options.experts, options.rounds) for backend in BACKENDS}
+    show(figures)
+    if options.output:
+        options.output.write_text(json.dumps(figures, indent=2))
+
+
+def in_process(backend: str, experts: int, rounds: int) -> dict[str, Any]:
+    """The figures of one backend, from a process of its own."""
+    command = [sys.executable, __file__, "--backend", backend, "--experts", str(experts), "--rounds", str(rounds)]
+    figures: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return figures
+
+
+def measure(source: str, experts: int, rounds: int) -> dict[str, float]:
+    """Figures of both adapters; the largest peaks, and median times."""
+    hf = checkpoint(source, experts)
+    nbytes = sum(tensor.nbytes for tensor in hf.values())
+    seconds: dict[str, list[float]] = {name: [] for name in ADAPTERS}
+    peaks: dict[str, list[float]] = {name: [] for name in ADAPTERS}
+    for round_number in range(rounds + 1):
+        results = {}
+        for name, adapter in ADAPTERS.items():
+            took, peak, results[name] = call(adapter, hf, experts)
+            seconds[name].append(took)
+            peaks[name].append(peak)
+        if round_number == 0:
+            check(results["ours"], results["nemo"])
+    nemo, ours = (statistics.median(seconds[name][1:]) for name in ("nemo", "ours"))
+    return {
+        "nemo_gb_per_s": nbytes / nemo / 1e9,
+        "ours_gb_per_s": nbytes / ours / 1e9,
+        "ratio": nemo / ours,
+        "first_call_ratio": seconds["nemo"][0] / seconds["ours"][0],
+        "nemo_peak": max(peaks["nemo"][1:]),
+        "ours_peak": max(peaks["ours"][1:]),
+        "ours_first_call_peak": peaks["ours"][0],
+    }
+
+
+def call(kind: Any, hf: Tensors, experts: int) -> tuple[float, float, Tensors]:
+    """Seconds of one `from_hf`, its peak over its output, and its result."""
+    moe = SimpleNamespace(n_routed_experts=experts, moe_inter_dim=INTER, expert_activation="swiglu", expert_bias=False)
+    backend = SimpleNamespace(experts="torch", dispatcher="torch")
+    adapter = kind(SimpleNamespace(hidden_size=HIDDEN), moe, backend, dtype=torch.bfloat16)
+    memory.return_freed()
+    before = status_bytes("VmRSS")
+    tensors = {key: tensor.clone() for key, tensor in hf.items()}
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    started = time.perf_counter()
+    native = adapter.from_hf(tensors)
+    took = time.perf_counter() - started
+    return took, (status_bytes("VmHWM") - before) / sum(tensor.nbytes for tensor in native.values()), native
+
+
+def checkpoint(source: str, experts: int) -> Tensors:
+    """The experts of one layer, random: FP8 codes and scales, or bf16 weights."""
+    torch.manual_seed(0)
+    found = {}
+    for expert in range(experts):
+        for name, shape in (("w1", (INTER, HIDDEN)), ("w3", (INTER, HIDDEN)), ("w2", (HIDDEN, INTER))):
+            key = f"model.layers.0.block_sparse_moe.experts.{expert}.{name}.weight"
+            if source == "fp8":
+                found[key] = torch.randint(0, 120, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+                found[key + "_scale_inv"] = torch.rand(shape[0] // BLOCK, shape[1] // BLOCK)
+            else:
+                found[key] = torch.randn(shape, dtype=torch.bfloat16)
+    return found
+
+
+def check(ours: Tensors, theirs: Tensors) -> None:
+    """Our result must equal NeMo's bit for bit."""
+    differing = sorted(ours.keys() ^ theirs.keys())
+    differing += [key for key in ours.keys() & theirs.keys() if not same_bits(ours[key], theirs[key])]
+    if differing:
+        raise SystemExit(f"{differing} differ from NeMo AutoModel's: no figures")
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(
+        one.contiguous().view(torch.int16), other.contiguous().view(torch.int16)
+    )
+
+
+def status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def show(figures: dict[str, Any]) -> None:
+    print(f"{'from_hf of torch tensors':26}{'GB/s':>8}{'NeMo':>8}{'x NeMo':>8}{'first':>8}{'peak':>8}{'NeMo':>8}")
+    for backend, sources in figures.items():
+        for source, row in sources.items():
+            names = ("ours_gb_per_s", "nemo_gb_per_s", "ratio", "first_call_ratio", "ours_peak", "nemo_peak")
+            print(f"{backend + ', ' + source:26}" + "".join(f"{row[name]:8.2f}" for name in names))
+
+
+if __name__ == "__main__":
+    main()
