@@ -72,7 +72,6 @@ def fill(out: torch.Tensor, fillings: Iterable[Filling], block: Block) -> None:
         for filling in fillings:
             _fill(filling, block)
         return
-    memory.use_huge_pages(out)
     work, heap = _Work(fillings, block), memory.Heap(out.nbytes)
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="experts") as pool:
         done = [pool.submit(work.run, heap) for _ in range(_WORKERS)]

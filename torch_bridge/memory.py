@@ -1,17 +1,11 @@
-"""A word with glibc and the kernel about the memory of tensors."""
+"""A word with glibc about memory that tensors leave behind."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import mmap
 import sys
 import threading
-
-import torch
-
-_HUGE_BYTES = 1 << 21
-"""A huge page, as most systems have them; where they are larger, the advice is no use and no harm."""
 
 _OFTEN_ENOUGH_BYTES = 8 << 20
 """Memory is not given back for less: each time costs a walk through the heap."""
@@ -73,15 +67,6 @@ def free_bytes() -> int:
 def counts_free() -> bool:
     """Whether `free_bytes` knows."""
     return hasattr(_libc(), "mallinfo2")
-
-
-def use_huge_pages(tensor: torch.Tensor) -> None:
-    """Advise the system to back a new CPU tensor by huge pages, as numpy does: most of filling it is page faults."""
-    libc, advice = _libc(), getattr(mmap, "MADV_HUGEPAGE", None)
-    start = -(-tensor.data_ptr() // _HUGE_BYTES) * _HUGE_BYTES
-    length = (tensor.data_ptr() + tensor.nbytes) // _HUGE_BYTES * _HUGE_BYTES - start
-    if libc is not None and advice is not None and length > 0:
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
 
 class _Mallinfo2(ctypes.Structure):
