@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -70,6 +71,11 @@ class Output:
         if self.as_json:
             _show_json({"error": "Interrupted", "problems": [], "notes": notes})
 
+    def usage(self, error: click.UsageError) -> None:
+        """Print what is wrong with a command as a JSON document, where that was asked for; click says it on stderr."""
+        if self.as_json:
+            _show_json({"error": type(error).__name__, "problems": [{"what": error.format_message()}], "notes": []})
+
     @contextmanager
     def progress(self, what: str) -> Iterator[Listener | None]:
         """A listener for a job's progress: a bar on a terminal, a plain line now and then elsewhere."""
@@ -88,7 +94,9 @@ def _show(views: Iterable[Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else _ENDLESS, highlight=False)
     for view in views:
-        console.print(_plain(view), markup=False) if isinstance(view, str) else console.print(view)
+        with console.capture() as captured:  # by itself it takes a reader that is gone for a failure, and exits
+            console.print(_plain(view), markup=False) if isinstance(view, str) else console.print(view)
+        click.echo(captured.get(), nl=False)
 
 
 def _show_json(document: Any) -> None:
@@ -114,6 +122,13 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def let_go_of_stdout() -> None:
+    """Point stdout nowhere, so that what is still to be flushed to a reader that is gone is no error at the end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _plain(text: str) -> str:

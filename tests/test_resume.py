@@ -132,14 +132,14 @@ def test_threads_memory_and_checks_may_change(source, whole, tmp_path, monkeypat
 
 def test_work_that_is_not_what_it_was_is_done_again(source, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    stop(source, out, monkeypatch, 30, "after the journal", workers=1)
+    stop(source, out, monkeypatch, 30, "before the journal", workers=1)  # so that 29 are noted, whatever else is done
     for file in (workshop_of(out) / "out").glob("*.safetensors"):
         content = bytearray(file.read_bytes())
         content[4096::997] = b"\xa5" * len(content[4096::997])
         file.write_bytes(content)
     made = count_units(monkeypatch)
     convert(source, out)
-    assert len(made) > len(mj.plan(source).units) // 2
+    assert len(made) > len(mj.plan(source).units) - 29
     assert folders.files(out) == whole["native"]
 
 

@@ -26,9 +26,7 @@ from minimax_jax.jobs.streamed import streamed_targets
 @click.option(
     "--check",
     type=click.Choice(["none", "sample", "all"]),
-    default="sample",
-    show_default=True,
-    help="What to read back from the disk at the end.",
+    help="What to read back from the disk at the end: a sample, unless this says otherwise.",
 )
 @click.option("--restart", is_flag=True, help="Throw away what an unfinished run left, instead of going on with it.")
 @click.option("--distributed", is_flag=True, help="Share the work with the other processes of jax.distributed.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -13,15 +14,41 @@ from minimax_jax import console
 from minimax_jax.console import Output
 from minimax_jax.errors import CheckpointError
 
-EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 3, 130, 143
+EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NO_READER, EXIT_TERMINATED = 1, 3, 130, 141, 143
+_AS_JSON = "minimax_jax.as_json"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Group(click.Group):
+    """A group whose `--json` holds for what is wrong with the command line as well."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse what stands before the command."""
+        ctx.meta[_AS_JSON] = "--json" in args
+        with _usage_told(ctx):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Parse the rest, and run the command."""
+        with _usage_told(ctx):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_told(context: click.Context) -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        Output(as_json=context.meta[_AS_JSON]).usage(error)
+        raise
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="minimax_jax")
 def cli() -> None:
     """Move MiniMax-M2 checkpoints between Hugging Face FP8, JAX and NeMo AutoModel, exact to the bit.
 
-    Exit codes: 0 good, 1 a difference was found, 2 usage, 3 bad input, 130 interrupted, 143 terminated.
+    Exit codes: 0 good, 1 a difference was found, 2 usage, 3 bad input, 130 interrupted, 141 nobody reads the output,
+    143 terminated.
     """
 
 
@@ -61,6 +88,9 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
             except CheckpointError as error:
                 out.error(error)
                 raise click.exceptions.Exit(EXIT_BAD_INPUT) from error
+            except BrokenPipeError as error:
+                console.let_go_of_stdout()
+                raise click.exceptions.Exit(EXIT_NO_READER) from error
             except KeyboardInterrupt as error:
                 out.interrupt(error)
                 terminated = isinstance(error, console.Terminated)

@@ -100,7 +100,7 @@ def save(folder: Path, tensors: Mapping[str, Any]) -> None:
     if folder.exists():  # Orbax would say so too, but leave coroutines behind that nobody awaits
         remedy = "choose another, or delete it"
         raise JobError(Problem(what="destination of an Orbax checkpoint exists", file=str(folder), remedy=remedy))
-    with _errors(JobError, "Orbax checkpoint cannot be saved", folder):
+    with _Errors(JobError, "Orbax checkpoint cannot be saved", folder):
         ocp.save(folder.absolute(), dict(tensors))
 
 
@@ -122,7 +122,7 @@ def lay_out(folder: Path, arrays: Iterable[Shaped]) -> None:
     # Not zarr 3, because Orbax takes files of that without OCDBT for damaged, and warns whenever they are loaded.
     saving.use_ocdbt, saving.use_zarr3, saving.use_compression = False, False, False
     points = {key: np.zeros((1,) * len(array.shape), DTYPES[array.dtype]) for key, array in wanted.items()}
-    with _errors(JobError, "Orbax checkpoint cannot be written", folder), context, _without_merge_warning():
+    with _Errors(JobError, "Orbax checkpoint cannot be written", folder), context, _without_merge_warning():
         ocp.save(folder.absolute(), points)
         item = _item(folder)
         for key, array in wanted.items():
@@ -146,7 +146,7 @@ class Rows:
         import tensorstore
 
         self.folder, self.key = folder, key
-        with _errors(FormatError, _NO_SUCH, folder, key):
+        with _Errors(FormatError, _NO_SUCH, folder, key):
             spec = {"driver": "auto", "kvstore": _kvstore(_item(folder), key)}
             self._array = tensorstore.open(spec, open=True).result()
             # A chunk that is all zeros is written like any other, because a missing one is damage, as it is to Orbax.
@@ -159,7 +159,7 @@ class Rows:
         Raises:
             JobError: it cannot be written.
         """
-        with _errors(JobError, "array cannot be written", self.folder, self.key):
+        with _Errors(JobError, "array cannot be written", self.folder, self.key):
             place = self._array[first : first + len(rows)]
             place.write(rows, can_reference_source_data_indefinitely=True).result()
 
@@ -169,7 +169,7 @@ class Rows:
         Raises:
             FormatError: they are missing or damaged.
         """
-        with _errors(FormatError, "array cannot be read", self.folder, self.key):
+        with _Errors(FormatError, "array cannot be read", self.folder, self.key):
             found: npt.NDArray[Any] = self._array[start_row:stop_row].read().result()
         return found
 
@@ -193,7 +193,7 @@ def describe(folder: Path) -> dict[str, Stored]:
         JobError: Orbax is not installed.
     """
     ocp = require()
-    with _errors(FormatError, _NO_SUCH, folder):
+    with _Errors(FormatError, _NO_SUCH, folder):
         found = ocp.metadata(folder.absolute()).metadata
     if not isinstance(found, dict) or not all(hasattr(leaf, "shape") for leaf in found.values()):
         expected = "one tree of arrays by name, all of them there"
@@ -222,7 +222,7 @@ def restore(folder: Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
         JobError: Orbax is not installed.
     """
     ocp = require()
-    with _errors(FormatError, "Orbax checkpoint cannot be restored", folder):
+    with _Errors(FormatError, "Orbax checkpoint cannot be restored", folder):
         restored: dict[str, jax.Array] = ocp.load(folder.absolute(), dict(like))
     return restored
 
@@ -252,17 +252,21 @@ def _kvstore(item: Path, key: str) -> dict[str, Any]:
     return {"driver": "file", "path": f"{item.absolute()}/{key}/"}
 
 
-@contextmanager
-def _errors(kind: type[CheckpointError], what: str, folder: Path, key: str | None = None) -> Iterator[None]:
-    """Turn what Orbax and TensorStore raise inside the block into `kind`."""
-    try:
-        yield
-    except Exception as error:
+class _Errors:
+    """Turn what Orbax and TensorStore raise inside the block into an error of this library; all else passes."""
+
+    def __init__(self, kind: type[CheckpointError], what: str, folder: Path, key: str | None = None):
+        self._kind, self._what, self._folder, self._key = kind, what, folder, key
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # What goes wrong with a shard of an array, Orbax wraps in a bare Exception.
-        told = error.__cause__ if type(error) is Exception else error
-        if not isinstance(told, OSError | ValueError | KeyError):
-            raise
-        raise kind(Problem(what=what, file=str(folder), key=key, got=str(told)[:_SHOWN])) from error
+        told = error.__cause__ if kind is Exception and error is not None else error
+        if isinstance(told, OSError | ValueError | KeyError):
+            got = str(told)[:_SHOWN]
+            raise self._kind(Problem(what=self._what, file=str(self._folder), key=self._key, got=got)) from error
 
 
 @contextmanager

@@ -5,11 +5,12 @@ What needs jax is imported where it is called: looking at a checkpoint and plann
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from minimax_jax.errors import JobError, Problem
+from minimax_jax.errors import JobError, Problem, raise_if
+from minimax_jax.io.location import locate
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
 from minimax_jax.jobs import inspect as inspecting
 from minimax_jax.jobs import plan as planning
@@ -104,7 +105,7 @@ def convert(
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
     workers: int = DEFAULT_WORKERS,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
-    check: Check = "sample",
+    check: Check | None = None,
     restart: bool = False,
     distributed: bool = False,
     ignore: Collection[str] = (),
@@ -120,13 +121,13 @@ def convert(
     Args:
         path: the checkpoint to convert.
         destination: a folder that does not exist yet, or is empty.
-        to: as in `plan`; or `orbax`, `dcp`: native in the files of Orbax or of torch.distributed.checkpoint. Those know
-            neither shards nor resuming.
+        to: as in `plan`; or `orbax`, `dcp`: native in the files of Orbax or of torch.distributed.checkpoint. Those
+            begin anew after a stop, and take none of `check`, `restart`, `distributed` and `shard_bytes`.
         dtype: as in `plan`.
         max_memory_bytes: as in `plan`.
         workers: as in `plan`.
         shard_bytes: as in `plan`.
-        check: which units to read back from the disk at the end: `none`, `sample`, `all`.
+        check: which units to read back from the disk at the end: `none`, `sample` (the default), `all`.
         restart: throw away the unfinished work of an earlier run instead of going on with it.
         distributed: share the work with the other processes of `jax.distributed`; see `jobs.team.distributed_team`.
         ignore: as in `plan`.
@@ -134,10 +135,14 @@ def convert(
         progress: called as the work goes on.
 
     Raises:
-        CheckpointError: as `plan`; JobError where the destination is taken, the disk too small, or a write fails;
+        CheckpointError: as `plan`; JobError where the destination is taken or within the source, the disk too small, a
+            write fails, or a target does not know what is asked for;
             NumericError where a weight to be quantised holds NaN or infinity.
     """
+    _require_apart(path, destination)
     if to in streamed_targets():
+        asked = {"check": check not in (None, "none"), "restart": restart, "distributed": distributed}
+        raise_if(_unknown_to(to, asked | {"shard_bytes": shard_bytes != DEFAULT_SHARD_BYTES}), JobError)
         write: Callable[..., Report] = streamed_targets()[to].load()
         source, stored = open_source(path, ignore=ignore, leave_out=leave_out), target("native", dtype).dtype
         budget = {"max_memory_bytes": max_memory_bytes, "workers": workers}
@@ -156,7 +161,23 @@ def convert(
         ignore=ignore,
         leave_out=leave_out,
     )
-    return run(planned, destination, check=check, restart=restart, team=team, progress=progress)
+    return run(planned, destination, check=check or "sample", restart=restart, team=team, progress=progress)
+
+
+def _unknown_to(to: str, asked: Mapping[str, bool]) -> Iterator[Problem]:
+    """Options that were given for a target that knows nothing of them: they must not seem to be heeded."""
+    for option, given in asked.items():
+        if given:
+            remedy = f"leave {option} out, or convert to one of {', '.join(TARGETS)}"
+            yield Problem(what=f"{option} means nothing to the target {to}", got=option, remedy=remedy)
+
+
+def _require_apart(path: str | Path, destination: str | Path) -> None:
+    """Refuse a destination inside of the source, whose files would change while they are read."""
+    source = locate(path)
+    if isinstance(source, Path) and source.is_dir() and source.resolve() in Path(destination).resolve().parents:
+        what, remedy = "the destination is inside of the source", "choose a folder beside it"
+        raise JobError(Problem(what=what, file=str(destination), got=f"within {source}", remedy=remedy))
 
 
 def verify(
