@@ -21,6 +21,8 @@ from minimax_jax.io.location import locate
 from minimax_jax.io.reader import Reader
 from minimax_jax.io.shelf import SMALL_BYTES
 from minimax_jax.io.source import pin
+from minimax_jax.jobs.source import open_source
+from minimax_jax.jobs.tensor import describe
 
 REPOSITORY = "hf://org/tiny"
 
@@ -263,3 +265,15 @@ def test_the_environment_says_where_the_hub_is(made, tmp_path):
     asked = [headers for path, headers in zip(server.requests, server.headers, strict=True) if "org/tiny" in path]
     assert asked and all(headers["authorization"] == "Bearer hf_secret" for headers in asked)
     assert Path(tmp_path / "hub" / "models--org--tiny").is_dir()
+
+
+def test_looking_at_one_tensor_fetches_no_shard(made, server, tmp_path):
+    key = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    far, near = (describe(open_source(place), key).whole for place in (REPOSITORY, made))
+    assert (far.minimum, far.maximum, far.mean, far.scale_inv) == (
+        near.minimum,
+        near.maximum,
+        near.mean,
+        near.scale_inv,
+    )
+    assert cached(tmp_path)[0] == set()

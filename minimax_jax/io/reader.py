@@ -42,8 +42,15 @@ class Reader:
         checkpoint: what is read.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, *, whole_files: bool = True):
+        """A reader of `checkpoint`.
+
+        Args:
+            checkpoint: what is read.
+            whole_files: whether much of each file will be read: those of a hub repository are then fetched as a whole.
+        """
         self.checkpoint = checkpoint
+        self._whole_files = whole_files
         self._files = frozenset(checkpoint.files)
         self._handles: Handles[Location, OpenFile] = Handles(self._open, close=operator.methodcaller("close"))
         self._maps: dict[Location, mmap.mmap] = {}
@@ -156,7 +163,7 @@ class Reader:
     def _open(self, file: Location) -> OpenFile:
         if file not in self._files:
             raise JobError(Problem(what="file is not part of the checkpoint that is read", file=str(file)))
-        return open_file(file, self.checkpoint.states.get(file), data=True)
+        return open_file(file, self.checkpoint.states.get(file), data=self._whole_files)
 
     def _map(self, opened: LocalFile, info: TensorInfo) -> mmap.mmap:
         got = FileState.of(opened.fd).nbytes

@@ -11,6 +11,7 @@ from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.source import Source
 from minimax_jax.layout.check import Layout
 from minimax_jax.layout.config import MiniMaxConfig
+from minimax_jax.layout.specs import Entry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +33,7 @@ class Inspection:
         files: how many safetensors files it has.
         total: all tensors of the model.
         by_dtype: its tensors by stored dtype, in safetensors' spelling.
-        by_kind: its tensors by kind, named as the table names it natively.
+        by_kind: its tensors by kind, named as its layout names it.
         sidecar: source scales beside it, if there are any.
         left_out: tensors in its files that are not the model's, and that nothing reads.
     """
@@ -51,7 +52,9 @@ class Inspection:
 def inspect(source: Source) -> Inspection:
     """Sum up an opened checkpoint, which has passed its check."""
     infos = source.checkpoint.tensors
-    kinds = {spec.key: entry.row.native for entry in source.survey.entries for spec in source.specs(entry)}
+    kinds = {
+        spec.key: _kind(source, entry, spec.key) for entry in source.survey.entries for spec in source.specs(entry)
+    }
     return Inspection(
         path=source.path,
         layout=source.survey.layout,
@@ -63,6 +66,13 @@ def inspect(source: Source) -> Inspection:
         sidecar=_tally(source.sidecar.values()),
         left_out=source.left_out,
     )
+
+
+def _kind(source: Source, entry: Entry, key: str) -> str:
+    """What the layout calls the kind of a stored tensor; block scales are of the kind of their weights."""
+    if source.survey.layout == "native":
+        return entry.row.native
+    return entry.row.parts[source.survey.specs.places[key].part]
 
 
 def _by(named: Iterable[tuple[str, TensorInfo]]) -> dict[str, Tally]:

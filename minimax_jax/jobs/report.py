@@ -57,8 +57,9 @@ def inspection_view(seen: Inspection) -> Iterator[Any]:
         f"{seen.path}: MiniMax-M2, {seen.layout} layout, {seen.total.tensors:,} tensors, "
         f"{size(seen.total.nbytes)} in {seen.files} file{_s(seen.files)}"
     )
+    layers = f"{config.num_hidden_layers} layer{_s(config.num_hidden_layers)}"
     yield (
-        f"{config.num_hidden_layers} layers, {config.num_local_experts} experts (top {config.num_experts_per_tok}), "
+        f"{layers}, {config.num_local_experts} experts (top {config.num_experts_per_tok}), "
         f"hidden {config.hidden_size}, expert {config.intermediate_size}, vocabulary {config.vocab_size}"
     )
     if seen.sidecar.tensors:
