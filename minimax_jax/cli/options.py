@@ -45,6 +45,22 @@ class Place(click.ParamType[str | Path]):
         return value if isinstance(value, Path) or "://" in value else Path(value)
 
 
+class MeshShape(click.ParamType[dict[str, int]]):
+    """Sizes of mesh axes such as `expert=8,tensor=4`."""
+
+    name = "mesh"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, int]:
+        """Sizes by name."""
+        if isinstance(value, dict):
+            return value
+        axes = [axis.partition("=") for axis in value.split(",")]
+        sizes = {name.strip(): int(size) if size.strip().isdecimal() else 0 for name, _, size in axes}
+        if len(sizes) < len(axes) or not all(name.isidentifier() and size for name, size in sizes.items()):
+            self.fail(f"{value!r} is not a mesh such as expert=8,tensor=4", param, ctx)
+        return sizes
+
+
 class Ids(click.ParamType[tuple[int, ...]]):
     """Token ids such as `1,2,3`."""
 

@@ -14,15 +14,44 @@ from minimax_jax.console import Output
 
 @command(
     examples="""
-    minimax-jax plan MiniMax-M2                              to bf16 grouped experts
-    minimax-jax plan m2-native --to hf-fp8 --max-memory 8GiB
+    minimax-jax plan MiniMax-M2                                     to bf16 grouped experts
+    minimax-jax plan MiniMax-M2 --probe /data/m2-native             how long it takes there, and whether it fits
+    minimax-jax plan hf://MiniMaxAI/MiniMax-M2 --dtype fp8 --mesh expert=8,tensor=4
     """
 )
 @click.argument("src", type=options.PLACE)
 @options.conversion()
-def plan(src: str | Path, out: Output, **bounds: Any) -> None:
+@click.option(
+    "--probe",
+    "destination",
+    type=options.PATH,
+    help="Where it would be written: try how fast SRC is read and that disk written, and look at the room. It takes "
+    "seconds, and leaves nothing behind.",
+)
+@click.option(
+    "--mesh",
+    type=options.MeshShape(),
+    metavar="AXIS=N,...",
+    help="Devices to load SRC onto: what each holds and reads, and what does not divide.",
+)
+def plan(src: str | Path, destination: Path | None, mesh: dict[str, int] | None, out: Output, **bounds: Any) -> None:
     """What a conversion would read and write, and the memory it needs; nothing is written."""
     from minimax_jax.jobs import front, report
+    from minimax_jax.jobs.probe import probe
 
     made = front.plan(src, **bounds)
-    out.show(report.plan_json, report.plan_view, made)
+    probed = None if destination is None else probe(made, destination)
+    document: dict[str, Any] = report.plan_json(made)
+    document["probe"] = None if probed is None else report.probe_json(probed)
+    document["mesh"] = None
+    views = list(report.plan_view(made, **({"top": None} if out.verbose else {}))) + list(
+        () if probed is None else report.probe_view(probed)
+    )
+    if mesh is not None:
+        from minimax_jax.models import mesh_report
+        from minimax_jax.models.mesh_plan import mesh_plan
+
+        meshed = mesh_plan(made.source, mesh, dtype=made.target.dtype)
+        document["mesh"] = mesh_report.document(meshed)
+        views += mesh_report.view(meshed)
+    out.show(lambda _: document, lambda _: views, made)

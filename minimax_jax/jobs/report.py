@@ -18,6 +18,7 @@ from minimax_jax.jobs.plan import Plan
 
 if TYPE_CHECKING:
     from minimax_jax.jobs.certified import Held
+    from minimax_jax.jobs.probe import Probe
     from minimax_jax.jobs.run import Report
     from minimax_jax.jobs.verification import Digested, LayerSummary, Verification
 
@@ -89,8 +90,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_view(plan: Plan) -> Iterator[Any]:
-    """A plan to look at."""
+def plan_view(plan: Plan, *, top: int | None = _SHOWN) -> Iterator[Any]:
+    """A plan to look at, with the first `top` of its files; None for all of them."""
     yield f"{plan.source.path} ({plan.source.survey.layout}) to {plan.target.layout}, weights in {plan.target.dtype}"
     yield from _left_out_view(plan.source.left_out)
     facts = Table(show_header=False, box=None)
@@ -101,9 +102,55 @@ def plan_view(plan: Plan) -> Iterator[Any]:
     facts.add_row("work", f"{len(plan.units):,} units, {plan.workers} at a time")
     yield facts
     files = Table("file", "size", "tensors", "first tensor", box=None)
-    for shard in (*plan.shards, *plan.sidecar):
+    for shard in (*plan.shards[:top], *plan.sidecar):
         files.add_row(shard.file_name, size(shard.file_bytes), f"{len(shard.tensors):,}", next(iter(shard.tensors)))
     yield files
+    if top is not None and len(plan.shards) > top:
+        yield f"... and {len(plan.shards) - top:,} more files"
+
+
+def probe_json(seen: Probe) -> dict[str, Any]:
+    """What a probe found, as plain values."""
+    return {
+        "folder": str(seen.folder),
+        "free_bytes": seen.free_bytes,
+        "needed_bytes": seen.needed_bytes,
+        "fits": seen.fits,
+        "read_bytes": seen.read_bytes,
+        "read_bytes_per_second": round(seen.read_rate),
+        "written_bytes": seen.written_bytes,
+        "write_bytes_per_second": round(seen.write_rate),
+        "seconds": None if seen.seconds is None else [round(bound, 3) for bound in seen.seconds],
+    }
+
+
+def probe_view(seen: Probe) -> Iterator[Any]:
+    """What a probe found, to look at."""
+    facts = Table(show_header=False, box=None)
+    facts.add_row("disk", f"{size(seen.free_bytes)} free in {seen.folder}")
+    rates = f"read at {size(seen.read_rate)}/s ({size(seen.read_bytes)} tried)"
+    facts.add_row("rates", f"{rates}, written at {size(seen.write_rate)}/s ({size(seen.written_bytes)} tried)")
+    if seen.seconds is not None:
+        least, most = map(duration, seen.seconds)
+        facts.add_row("time", f"{least} to {most} at these rates, what the processor takes apart")
+    yield facts
+    if not seen.fits:
+        yield warning(f"not enough room: {size(seen.needed_bytes)} are needed, {size(seen.free_bytes)} are free")
+
+
+def warning(text: str) -> Text:
+    """A line that stands out."""
+    return Text(f"warning: {text}", style="yellow")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units: `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def report_json(report: Report) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -66,6 +67,13 @@ class Source:
     def specs(self, entry: Entry) -> Iterator[TensorSpec]:
         """The stored tensors of an entry (or of some of its experts), in this checkpoint's layout."""
         return layout_specs(entry, self.survey.layout, self.survey.dtypes[entry.native])
+
+
+def by_ranges(source: Source) -> Source:
+    """The same source for a few small reads: of a hub repository, no whole shard is fetched for them."""
+    if source.open_reader is not Reader:
+        return source
+    return dataclasses.replace(source, open_reader=functools.partial(Reader, whole_files=False))
 
 
 def layout_specs(entry: Entry, layout: str, dtype: str) -> Iterator[TensorSpec]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +12,10 @@ from minimax_jax.errors import LayoutError, Problem
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.jsonfile import shown
 from minimax_jax.io.location import Location
-from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.compare import Array, Weight
 from minimax_jax.jobs.heap import give_back
 from minimax_jax.jobs.look import pieces, row_steps, stored_bytes
-from minimax_jax.jobs.source import Source
+from minimax_jax.jobs.source import Source, by_ranges
 from minimax_jax.jobs.statistics import Statistics, merged, statistics
 from minimax_jax.jobs.view import View
 from minimax_jax.layout.near import near_names
@@ -90,7 +88,7 @@ def describe(
     asked = _find(source, name)
     entry = asked.entry
     shape = (entry.grid if asked.scales else entry.shape) if asked.native else _part_shape(asked)
-    found = list(_by_expert(_by_ranges(source), asked, workers, progress))
+    found = list(_by_expert(by_ranges(source), asked, workers, progress))
     return TensorFacts(
         path=source.path,
         name=name,
@@ -157,13 +155,6 @@ def _stored(source: Source, asked: _Asked) -> Iterator[TensorInfo]:
         weight = spec.key.removesuffix(SCALE_SUFFIX)
         if (is_scale or not asked.scales) and (weight in wanted or source.survey.layout == "native"):
             yield source.checkpoint.tensors[spec.key]
-
-
-def _by_ranges(source: Source) -> Source:
-    """The source with a reader that fetches what it is asked for, and no whole files."""
-    if source.open_reader is not Reader:
-        return source
-    return dataclasses.replace(source, open_reader=functools.partial(Reader, whole_files=False))
 
 
 def _by_expert(

@@ -103,7 +103,7 @@ def partition_specs(
     stacked: bool = False,
 ) -> dict[str, Any]:
     """As `shardings`, but `PartitionSpec`s; of the mesh, only the sizes of its axes by name are asked for."""
-    placer = _Placer(config=config, mesh_shape=mesh_shape, rules=rules or Rules())
+    placer = Placer(config=config, mesh_shape=mesh_shape, rules=rules or Rules())
     groups = stacked_entries(config)
     problems = list(placer.unknown())
     problems += [problem for name, group in groups.items() for problem in placer.problems(name, group[0])]
@@ -118,7 +118,7 @@ def partition_specs(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Placer:
+class Placer:
     """Applies rules to the tensors of one config."""
 
     config: MiniMaxConfig
@@ -153,13 +153,16 @@ class _Placer:
         ]
 
     def shards(self, mesh_axes: tuple[str, ...]) -> int:
+        """How many shards some mesh axes make."""
         return math.prod(self.mesh_shape.get(axis, 1) for axis in mesh_axes)
 
     def heads(self, name: str) -> int | None:
+        """How many heads a rule is about; None where it is about something else."""
         config = self.config
         return {"q_heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}.get(name)
 
     def stays_whole(self, name: str, mesh_axes: tuple[str, ...]) -> bool:
+        """Whether there are fewer heads than shards, of those that may stay whole."""
         return name == "kv_heads" and self.shards(mesh_axes) > self.config.num_key_value_heads
 
     def unknown(self) -> Iterator[Problem]:
@@ -183,6 +186,7 @@ class _Placer:
                 yield from self.uneven(name, rule, size, over)
 
     def uneven(self, name: str, rule: str, size: int, over: tuple[str, ...]) -> Iterator[Problem]:
+        """The problem of an axis that does not divide."""
         shards, heads = self.shards(over), self.heads(rule)
         if (heads or size) % shards == 0:
             return
