@@ -33,6 +33,7 @@ from minimax_jax.console import Output
 @options.sample
 @options.workers
 @options.ignore
+@options.leave_out
 def diff(first: str | Path, second: str | Path, top: int, out: Output, **chosen: Any) -> None:
     """What differs between two checkpoints, in any two layouts, the largest difference first.
 

@@ -236,6 +236,7 @@ def diff(
     sample: str | int | None = None,
     workers: int = DEFAULT_WORKERS,
     ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Diff:
     """What differs between two checkpoints in any two layouts, ranked by difference; see `jobs.diff.diff`.
@@ -247,6 +248,7 @@ def diff(
         sample: as in `verify`.
         workers: threads.
         ignore: attributes of config.json to leave unread.
+        leave_out: as in `verify`.
         progress: called as the work goes on.
 
     Raises:
@@ -257,5 +259,5 @@ def diff(
     asked = None if sample is None else str(sample)
     if asked is not None:
         require_sample(asked)
-    a, b = (open_source(path, ignore=ignore) for path in (first, second))
+    a, b = (open_source(path, ignore=ignore, leave_out=leave_out) for path in (first, second))
     return differing.diff(a, b, rank=rank, sample=asked, workers=workers, progress=progress)
