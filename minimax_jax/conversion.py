@@ -62,6 +62,16 @@ def from_hf(
 
     Raises:
         LayoutError: what is missing, unexpected, or of a wrong shape or dtype.
+
+    Examples:
+        >>> mj.synthesize("MiniMax-M2")
+        >>> config = mj.MiniMaxConfig.from_pretrained("MiniMax-M2")
+        >>> native = mj.from_hf(mj.read_tree("MiniMax-M2"), config)
+        >>> experts = native["model.layers.0.mlp.experts.gate_and_up_projs"]
+        >>> experts.dtype, experts.shape
+        (dtype(bfloat16), (4, 256, 144))
+        >>> mj.from_hf(mj.read_tree("MiniMax-M2"), config, dtype=None)["model.layers.0.mlp.experts.down_projs"]
+        BlockScaled(float8_e4m3fn[4, 72, 256], scale_inv=float32[4, 1, 2], block=(128, 128))
     """
     raise_if([] if dtype is None else result_problems(dtype), LayoutError)
     tensors = _stored_tree(hf_tree)
@@ -106,6 +116,14 @@ def to_hf(
     Raises:
         LayoutError: what is missing, unexpected, or of a wrong shape, dtype or block.
         NumericError: weights to be quantised hold NaN or infinity (under a trace their scales are NaN instead).
+
+    Examples:
+        >>> mj.synthesize("MiniMax-M2")
+        >>> config, hf = mj.MiniMaxConfig.from_pretrained("MiniMax-M2"), mj.read_tree("MiniMax-M2")
+        >>> native, scales = mj.from_hf(hf, config), mj.source_scales(hf, config)
+        >>> back = mj.to_hf(native, config, quantization=True, scales=scales)
+        >>> all(np.asarray(back[name]).tobytes() == hf[name].tobytes() for name in hf)
+        True
     """
     tensors = _stored_tree(native)
     checked = survey(_describe(tensors), config, layout="native", partial=partial)
@@ -177,6 +195,13 @@ def source_scales(hf_tree: Mapping[str, Array], config: MiniMaxConfig, *, partia
 
     Raises:
         LayoutError: as in `from_hf`.
+
+    Examples:
+        >>> mj.synthesize("MiniMax-M2")
+        >>> config = mj.MiniMaxConfig.from_pretrained("MiniMax-M2")
+        >>> scales = mj.source_scales(mj.read_tree("MiniMax-M2"), config)
+        >>> scales["model.layers.0.mlp.experts.gate_and_up_projs_scale_inv"].shape
+        (4, 2, 2)
     """
     tensors = _stored_tree(hf_tree)
     checked = survey(_describe(tensors), config, layout="hf", partial=partial)

@@ -20,6 +20,10 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         LayoutError: a name stands where another passes through, or a leaf is a dict, so that `flatten` could not
             bring the tree back.
+
+    Examples:
+        >>> mj.nest({"model.norm.weight": 1, "lm_head.weight": 2})
+        {'model': {'norm': {'weight': 1}}, 'lm_head': {'weight': 2}}
     """
     raise_if(_conflicts(flat), LayoutError)
     nested: dict[str, Any] = {}
@@ -44,6 +48,10 @@ def flatten(nested: Mapping[Any, Any]) -> dict[str, Any]:
 
     Raises:
         LayoutError: two leaves have the same dotted name.
+
+    Examples:
+        >>> mj.flatten({"model": {"norm": {"weight": 1}}})
+        {'model.norm.weight': 1}
     """
     flat: dict[str, Any] = {}
     problems = []

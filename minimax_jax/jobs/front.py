@@ -57,7 +57,14 @@ def target(to: str, dtype: str | None = None) -> Target:
 def inspect(
     path: str | Path, *, ignore: Collection[str] = (), leave_out: Collection[str] = ()
 ) -> inspecting.Inspection:
-    """What a checkpoint is, from its headers; takes and raises what `open_source` does."""
+    """What a checkpoint is, from its headers; takes and raises what `open_source` does.
+
+    Examples:
+        >>> mj.synthesize("MiniMax-M2")
+        >>> seen = mj.inspect("MiniMax-M2")
+        >>> seen.layout, seen.total.tensors, list(seen.by_dtype)
+        ('hf', 79, ['BF16', 'F8_E4M3', 'F32'])
+    """
     return inspecting.inspect(open_source(path, ignore=ignore, leave_out=leave_out))
 
 
@@ -86,6 +93,12 @@ def plan(
 
     Raises:
         CheckpointError: as `open_source`; JobError where the budget is too small or the target makes no sense.
+
+    Examples:
+        >>> mj.synthesize("MiniMax-M2")
+        >>> planned = mj.plan("MiniMax-M2", to="native", dtype="fp8")
+        >>> planned.read_bytes, planned.write_bytes
+        (921120, 925408)
     """
     return planning.plan(
         open_source(path, ignore=ignore, leave_out=leave_out),
@@ -138,6 +151,14 @@ def convert(
         CheckpointError: as `plan`; JobError where the destination is taken or within the source, the disk too small, a
             write fails, or a target does not know what is asked for;
             NumericError where a weight to be quantised holds NaN or infinity.
+
+    Examples:
+        >>> mj.synthesize("MiniMax-M2")
+        >>> mj.convert("MiniMax-M2", "m2-native").tensors
+        27
+        >>> report = mj.convert("m2-native", "m2-back", to="hf-fp8")
+        >>> report.kept_scales, report.fresh_scales
+        (32, ())
     """
     _require_apart(path, destination)
     if to in streamed_targets():
@@ -210,6 +231,14 @@ def verify(
     Raises:
         CheckpointError: as `open_source`; as `jobs.verify.verify`; FormatError where the earlier certificate is damaged
             or of an unknown form; JobError where the new one cannot be written.
+
+    Examples:
+        >>> mj.synthesize("MiniMax-M2")
+        >>> report = mj.convert("MiniMax-M2", "m2-native", dtype="fp8")
+        >>> mj.verify("MiniMax-M2", "m2-native", output="certificate.json").good
+        True
+        >>> mj.verify("m2-native", certificate="certificate.json").good
+        True
     """
     from minimax_jax.jobs import verify as verifying
     from minimax_jax.jobs.certificate import require_place, write_certificate

@@ -30,6 +30,12 @@ def read_tree(path: str | Path, *, ignore: Collection[str] = (), leave_out: Coll
 
     Raises:
         CheckpointError: as `open_source`.
+
+    Examples:
+        >>> mj.synthesize("MiniMax-M2")
+        >>> tree = mj.read_tree("MiniMax-M2")
+        >>> tree["model.layers.0.block_sparse_moe.experts.0.w1.weight"].dtype
+        dtype(float8_e4m3fn)
     """
     source = open_source(path, ignore=ignore, leave_out=leave_out)
     warn_of(source.left_out)

@@ -40,6 +40,12 @@ class MiniMaxConfig:
 
     Raises:
         ConfigError: fields with impossible values, or with values that contradict each other.
+
+    Examples:
+        >>> mj.synthesize("MiniMax-M2")
+        >>> config = mj.MiniMaxConfig.from_pretrained("MiniMax-M2")
+        >>> config.num_local_experts, config.weight_block_size
+        (4, (128, 128))
     """
 
     hidden_size: int

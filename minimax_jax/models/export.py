@@ -74,6 +74,12 @@ def save_model(
         LayoutError: weights, or scales, that are not those of the model's config.
         NumericError: a weight to be quantised holds NaN or infinity.
         JobError: the destination is taken, the disk too small, a write failed.
+
+    Examples:
+        >>> mj.synthesize("MiniMax-M2")
+        >>> report = mj.save_model(mj.load_model("MiniMax-M2", dtype=None), "m2-saved", quantization=True)
+        >>> mj.verify("MiniMax-M2", "m2-saved", by="bytes").good
+        True
     """
     weights = native_tree(model)
     check_weights(weights, model.config, stacked=is_stacked(weights, model.config))

@@ -85,6 +85,13 @@ def load(
         CheckpointError: as `open_source`; FormatError where the source changes or ends too early while it is read.
         JobError: a mesh and rules that do not fit the model, or a budget too small for one expert.
         LayoutError: an unsupported dtype.
+
+    Examples:
+        >>> mj.synthesize("MiniMax-M2")
+        >>> mesh = jax.make_mesh((4,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> tree = mj.load("MiniMax-M2", mesh=mesh)
+        >>> tree["model.layers.0.mlp.experts.down_projs"].sharding.spec
+        P('expert', None, None)
     """
     source = open_source(path, ignore=ignore, leave_out=leave_out)
     warn_of(source.left_out)
@@ -122,6 +129,12 @@ def load_model(
 
     Raises:
         CheckpointError: as `load`; JobError for a mesh of other axes.
+
+    Examples:
+        >>> mj.synthesize("MiniMax-M2")
+        >>> model = mj.load_model("MiniMax-M2", dtype=None, stacked=True)  # FP8 stays FP8
+        >>> model(jnp.array([[1, 2, 3]])).shape
+        (1, 3, 264)
     """
     raise_if(_explicit_axes(mesh), JobError)
     source = open_source(path, ignore=ignore, leave_out=leave_out)

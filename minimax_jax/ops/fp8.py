@@ -90,6 +90,14 @@ def dequantize(
 
     Raises:
         LayoutError: wrong dtypes, or shapes that do not fit each other.
+
+    Examples:
+        >>> codes = jnp.array([[1.0, -448.0]], jnp.float8_e4m3fn)
+        >>> mj.dequantize(codes, jnp.array([[0.5]])).tolist()
+        [[0.5, -224.0]]
+        >>> scales = jnp.array([[0.5], [0.25]])  # of a matrix of 256 rows
+        >>> mj.dequantize(codes, scales, offset=(200, 0)).tolist()  # of which this is row 200
+        [[0.25, -112.0]]
     """
     if offset is not None:
         offset = (_start(offset[0]), _start(offset[1]))
@@ -125,6 +133,11 @@ def quantize(
         NumericError: NaN or infinity in `x`, or a given scale that is no normal number over values other than zero.
             Under a trace nothing can be raised: where scales are derived, the block gets a NaN scale and NaN codes
             (zeros stay zero); where they are given, the values concerned get NaN codes.
+
+    Examples:
+        >>> codes, scale_inv = mj.quantize(jnp.array([[1.0, -896.0]]))
+        >>> codes.tolist(), scale_inv.tolist()
+        ([[0.5, -448.0]], [[2.0]])
     """
     raise_if(checks.weight_problems(x, scale_inv, block, parts), LayoutError)
     if scale_inv is None:

@@ -35,6 +35,13 @@ class BlockScaled:
 
     Raises:
         LayoutError: wrong dtypes, or a grid that does not fit the codes.
+
+    Examples:
+        >>> weights = mj.BlockScaled.quantize(jnp.ones((256, 384)))
+        >>> weights
+        BlockScaled(float8_e4m3fn[256, 384], scale_inv=float32[2, 3], block=(128, 128))
+        >>> weights.dequantize().dtype
+        dtype(bfloat16)
     """
 
     values: Array

@@ -54,6 +54,12 @@ def synthesize(
 
     Raises:
         JobError: the destination is taken, an argument is out of range, the disk is full or fails.
+
+    Examples:
+        >>> from minimax_jax.synthetic import config
+        >>> mj.synthesize("MiniMax-M2", config(layers=1, experts=8))
+        >>> mj.inspect("MiniMax-M2").total.tensors
+        65
     """
     raise_if(_argument_problems(seed, scaled), JobError)
     tensors = _ordered(config, scaled, split_scales)

@@ -1,0 +1,84 @@
+import doctest
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pages import PAGES, ROOT, Command, Shell, as_printed, blocks, is_run, parse
+
+import minimax_jax as mj
+
+RUN_PAGES = [page for page in PAGES if any(map(is_run, blocks(page)))]
+NEVER_RUN = 8
+"""Most blocks of all pages that may be marked as not run."""
+
+EXPLAINED = [
+    *(getattr(mj, name) for name in ("from_hf", "to_hf", "source_scales", "convert", "plan", "inspect", "verify")),
+    *(getattr(mj, name) for name in ("load", "load_model", "save_model", "read_tree", "quantize", "dequantize")),
+    *(mj.BlockScaled, mj.nest, mj.flatten, mj.MiniMaxConfig, mj.synthesize),
+]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def shell(tmp_path, compiled, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return Shell(folder=tmp_path, cache=compiled)
+
+
+@pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_of_a_page_runs_as_printed(page, shell):
+    for example in parse(page, shell):
+        example.evaluate()
+
+
+def test_few_blocks_are_not_run_and_each_says_why():
+    silent = [region for page in PAGES for region in blocks(page) if not is_run(region)]
+    assert 0 < sum(region.lexemes["language"] != "text" for region in silent) <= NEVER_RUN
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_fence_of_a_page_is_a_block_of_a_known_language(page):
+    fences = sum(line.lstrip().startswith("```") for line in page.read_text().splitlines())
+    assert fences == 2 * len(blocks(page))
+    assert {region.lexemes["language"] for region in blocks(page)} <= {"python", "console", "bash", "text"}
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ("$ echo one\none\n$ echo two\n", None),
+        ("$ echo one \\\n    two\none two\n", None),
+        ("$ echo one; echo two\none\n...\n", None),
+        ("$ echo one\ntwo\n", "got:\none"),
+        ("$ false\n", "exit code 1"),
+        ("$ echo error: bad\nerror: bad\n", "exit code 0"),
+        ("$ echo error: bad; exit 3\nerror: bad\n", None),
+    ],
+)
+def test_a_console_block_that_is_not_as_printed_is_found(block, said, shell):
+    failures = [failure for command in Command.all_of(block) if (failure := shell.failure(command))]
+    assert bool(failures) == bool(said)
+    assert said is None or said in failures[0]
+
+
+def test_outputs_may_differ_in_space_at_the_ends_of_lines_alone():
+    assert as_printed("a \nb\n", "a\nb")
+    assert not as_printed("a b\n", "a  b\n")
+
+
+@pytest.mark.parametrize("thing", EXPLAINED, ids=lambda thing: thing.__qualname__)
+def test_the_examples_of_a_docstring_give_what_they_say(thing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"mj": mj, "jax": jax, "jnp": jnp, "np": np}
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    (test,) = finder.find(thing, thing.__qualname__, module=inspect.getmodule(thing), globs=names)
+    assert test.examples
+    report = []
+    runner.run(test, out=report.append)
+    assert not runner.failures, "".join(report)
