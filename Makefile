@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test lint examples bench aot reliability fuzz clean
+.PHONY: demo test lint examples docs bench aot reliability fuzz clean
 
 demo: .venv/base
 	rm -rf demo
@@ -20,6 +20,12 @@ lint: .venv/test
 
 examples: .venv/test
 	for example in examples/*.py; do echo "== $$example" && $(BIN)/python $$example || exit 1; done
+
+# The site opens from the disk, and has nothing fetched. The notebook in it is run.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	! grep -rlE '(src|<link [^>]*href)="?https?://' build/site --include='*.html'
+	@echo "build/site/index.html"
 
 bench: .venv/test
 	$(BIN)/python benchmarks/convert.py $(BENCH_FLAGS)
@@ -55,6 +61,10 @@ clean:
 .venv/base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/docs: .venv/base
+	$(BIN)/pip install --quiet --editable ".[docs]"
 	touch $@
 
 # torch goes first, so that nothing else pulls another build of it. NeMo AutoModel, the tests' oracle for the native
