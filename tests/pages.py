@@ -1,8 +1,9 @@
-"""Pages whose code blocks are run as printed: Python in this process, shell in bash, in a folder for each page.
+"""Pages whose code blocks are run as printed: Python in this process, shell in bash, both in a folder for each page.
 
-`python` runs in one namespace for the page. `console` holds commands behind `$ `; what stands below one is its output,
-which has to be as printed (`...` stands for anything), and a command may fail only if it says `error:` there. `bash` is
-a script. `text` is not code. All other blocks say in their title why they are not run.
+`python` runs in one namespace for the page. `console` holds commands behind `$ `; what stands below one is its standard
+output, or the standard error where it fails, and has to be as printed (`...` stands for anything). A command may fail
+only if it says `error:` there. `bash` is a script. `text` is not code. All other blocks say in their title why they are
+not run.
 """
 
 import doctest
@@ -64,14 +65,13 @@ class Shell:
             cwd=self.folder,
             env=environment,
             text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=120,
+            capture_output=True,
+            timeout=300,
         )
 
     def script(self, example):
         done = self.run(example.parsed)
-        return f"exit code {done.returncode}:\n{done.stdout}" if done.returncode else None
+        return f"exit code {done.returncode}:\n{done.stdout}{done.stderr}" if done.returncode else None
 
     def console(self, example):
         failures = (self.failure(command) for command in Command.all_of(example.parsed))
@@ -82,10 +82,15 @@ class Shell:
         done = self.run(command.text)
         expected_code = BAD_INPUT if command.output.startswith("error:") else 0
         if done.returncode != expected_code:
-            return f"$ {command.text}\nexit code {done.returncode}:\n{done.stdout}"
-        if command.output and not as_printed(command.output, done.stdout):
-            return f"$ {command.text}\nexpected:\n{command.output}\ngot:\n{done.stdout}"
+            return f"$ {command.text}\nexit code {done.returncode}:\n{done.stdout}{done.stderr}"
+        if command.output and not as_printed(command.output, said(done)):
+            return f"$ {command.text}\nexpected:\n{command.output}\ngot:\n{said(done)}"
         return None
+
+
+def said(done):
+    """What a command has to say: its result, or its error. Progress goes to standard error, at its own times."""
+    return done.stderr if done.returncode else done.stdout
 
 
 def as_printed(want, got):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-from pages import BAD_INPUT, Command, Shell, as_printed, parse
+from pages import BAD_INPUT, Command, Shell, as_printed, parse, said
 
 
 def refreshed(page, shell):
@@ -26,13 +26,13 @@ def refreshed(page, shell):
 def _anew(command, shell):
     done = shell.run(command.text)
     output = command.output
-    if done.returncode == BAD_INPUT or (output and not as_printed(output, done.stdout)):
-        output = "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
+    if done.returncode == BAD_INPUT or (output and not as_printed(output, said(done))):
+        output = "".join(f"{line.rstrip()}\n" for line in said(done).splitlines())
     return f"$ {command.text}\n{output}"
 
 
 def main():
-    for page in map(Path.absolute, map(Path, sys.argv[1:])):
+    for page in [Path(name).absolute() for name in sys.argv[1:]]:
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
             page.write_text(refreshed(page, Shell(folder=Path(folder), cache=Path(folder) / ".compiled")))

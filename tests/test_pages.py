@@ -60,7 +60,7 @@ def test_every_fence_of_a_page_is_a_block_of_a_known_language(page):
         ("$ echo one\ntwo\n", "got:\none"),
         ("$ false\n", "exit code 1"),
         ("$ echo error: bad\nerror: bad\n", "exit code 0"),
-        ("$ echo error: bad; exit 3\nerror: bad\n", None),
+        ("$ echo error: bad >&2; exit 3\nerror: bad\n", None),
     ],
 )
 def test_a_console_block_that_is_not_as_printed_is_found(block, said, shell):
