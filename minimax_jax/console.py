@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from minimax_jax.display import plain, size
 
 if TYPE_CHECKING:
     from minimax_jax.errors import CheckpointError
@@ -21,6 +26,9 @@ if TYPE_CHECKING:
 
 _LINE_SECONDS = 10
 """Time between plain progress lines where there is no terminal."""
+
+_STATM = Path("/proc/self/statm")
+"""Where Linux tells the memory of this process, in pages: all of it, then what is in memory (proc_pid_statm(5))."""
 
 _ENDLESS = 10_000
 """Width of a page that nobody looks at."""
@@ -51,14 +59,21 @@ class Output:
         else:
             _show(view(result))
 
+    def hint(self, title: str, code: Sequence[str]) -> None:
+        """Print lines of Python to go on with, where there is somebody to read them."""
+        if code and not self.quiet and not self.as_json:
+            _show([f"{title}\n", _code(code)])
+
     def step(self, line: str) -> None:
         """Print a line on the way to a result: on stderr where stdout is for JSON."""
-        click.echo(_plain(line), err=self.as_json)
+        click.echo(plain(line), err=self.as_json)
 
     def error(self, error: CheckpointError) -> None:
         """Print an error on stderr; as a JSON document on stdout as well where that was asked for."""
         notes = getattr(error, "__notes__", [])
-        click.echo(_plain("\n".join([f"error: {error}", *notes])), err=True)
+        if self.verbose:
+            click.echo(plain("".join(traceback.format_exception(error))), err=True)
+        _label("error: ", "\n".join([error.text() if self.verbose else str(error), *notes]))
         if self.as_json:
             fields = ("what", "file", "key", "expected", "got", "remedy")
             problems = [{name: getattr(problem, name) for name in fields} for problem in error.problems]
@@ -67,7 +82,7 @@ class Output:
     def interrupt(self, error: KeyboardInterrupt) -> None:
         """Say on stderr that the command was stopped, and what is left; as a JSON document where that was asked for."""
         notes = getattr(error, "__notes__", [])
-        click.echo(_plain("\n".join(["interrupted", *notes])), err=True)
+        _label("interrupted", "".join(f"\n{note}" for note in notes))
         if self.as_json:
             _show_json({"error": "Interrupted", "problems": [], "notes": notes})
 
@@ -95,8 +110,24 @@ def _show(views: Iterable[Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else _ENDLESS, highlight=False)
     for view in views:
         with console.capture() as captured:  # by itself it takes a reader that is gone for a failure, and exits
-            console.print(_plain(view), markup=False) if isinstance(view, str) else console.print(view)
+            console.print(plain(view), markup=False) if isinstance(view, str) else console.print(view)
         click.echo(captured.get(), nl=False)
+
+
+def _code(lines: Sequence[str]) -> Any:
+    """Python to look at; on a terminal in colours, and never wrapped by anything but the terminal."""
+    from rich.text import Text
+
+    return Text("\n".join(f"    {plain(line)}" for line in lines), style="cyan", no_wrap=True, overflow="ignore")
+
+
+def _label(label: str, text: str) -> None:
+    """Print a text on stderr behind a label that is red on a terminal; nothing is cut or wrapped."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text.assemble((label, "red"), plain(text)))
 
 
 def _show_json(document: Any) -> None:
@@ -131,24 +162,33 @@ def let_go_of_stdout() -> None:
     os.close(nowhere)
 
 
-def _plain(text: str) -> str:
-    """`text` with control characters and half surrogates written out: names come from files, and a terminal obeys."""
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
-
-
 @contextmanager
 def _bar(what: str) -> Iterator[Listener]:
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda moment: bar.update(task, total=moment.total_bytes, completed=moment.done_bytes)
+    rate, memory = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[memory]}")
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(),
+        rate,
+        TimeRemainingColumn(),
+        memory,
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None, rate="", memory="")
+
+        def listen(moment: Progress) -> None:
+            done, total = moment.done_bytes, moment.total_bytes
+            bar.update(task, total=total, completed=done, rate=_rate(moment), memory=_memory())
+
+        yield listen
 
 
 class _Lines:
-    """Prints a line with rate and time left, at most one in ten seconds."""
+    """Prints a line with rate, memory and time left, at most one in ten seconds."""
 
     def __init__(self, what: str):
         self._what = what
@@ -158,7 +198,26 @@ class _Lines:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _LINE_SECONDS
-        rate = moment.done_bytes / max(moment.seconds, 1e-9)
-        left = (moment.total_bytes - moment.done_bytes) / max(rate, 1)
         share = moment.done_bytes / max(moment.total_bytes, 1)
-        click.echo(f"{self._what}: {share:.0%}, {rate / 1e9:.2f} GB/s, {left:.0f} s left", err=True)
+        facts = (f"{share:.0%}", _rate(moment), _memory(), f"{_left(moment)} left")
+        click.echo(f"{self._what}: {', '.join(filter(None, facts))}", err=True)
+
+
+def _rate(moment: Progress) -> str:
+    return f"{moment.done_bytes / max(moment.seconds, 1e-9) / 1e9:.2f} GB/s"
+
+
+def _left(moment: Progress) -> str:
+    from minimax_jax.jobs.report import duration
+
+    rate = moment.done_bytes / max(moment.seconds, 1e-9)
+    return duration(round((moment.total_bytes - moment.done_bytes) / max(rate, 1)))
+
+
+def _memory() -> str:
+    """The memory that the process has now; nothing where the system does not tell."""
+    try:
+        pages = int(_STATM.read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return ""
+    return f"{size(pages * mmap.PAGESIZE)} of memory"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from minimax_jax.display import size
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.io.files import io_errors
 from minimax_jax.jobs import front
-from minimax_jax.jobs.report import size
 from minimax_jax.jobs.verification import Verification
 from minimax_jax.synthetic import synthesize
 

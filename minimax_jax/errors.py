@@ -38,18 +38,19 @@ class CheckpointError(Exception):
 
     def __init__(self, problems: Problem | Iterable[Problem]):
         self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
-        super().__init__(self._text())
+        super().__init__(self.text(most=_SHOWN))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.problems,), self.__dict__
 
-    def _text(self) -> str:
+    def text(self, *, most: int | None = None) -> str:
+        """What went wrong, with the first `most` problems; None for all of them."""
         if len(self.problems) == 1:
             return str(self.problems[0])
         lines = [f"{len(self.problems)} problems"]
-        lines += [f"  {number}. {problem}" for number, problem in enumerate(self.problems[:_SHOWN], 1)]
-        if len(self.problems) > _SHOWN:
-            lines.append(f"  ... and {len(self.problems) - _SHOWN} more")
+        lines += [f"  {number}. {problem}" for number, problem in enumerate(self.problems[:most], 1)]
+        if most is not None and len(self.problems) > most:
+            lines.append(f"  ... and {len(self.problems) - most} more")
         return "\n".join(lines)
 
 

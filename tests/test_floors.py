@@ -19,7 +19,7 @@ PACKAGE = "minimax_jax"
 
 # From the lowest to the highest: a module imports from lower floors and from its own package alone.
 FLOORS = (
-    ("errors", "progress"),
+    ("errors", "progress", "display"),
     ("dtypes",),
     ("layout",),
     ("ops",),
@@ -37,9 +37,13 @@ FLOORS = (
 RANK = {name: rank for rank, names in enumerate(FLOORS) for name in names}
 
 # `layout` knows no arrays, `ops` no names, `io` neither: of the project they may import these alone.
-NARROW = {"layout": {"errors", "dtypes"}, "ops": {"errors", "dtypes"}, "io": {"errors", "dtypes"}}
+NARROW = {
+    "layout": {"errors", "dtypes", "display"},
+    "ops": {"errors", "dtypes", "display"},
+    "io": {"errors", "dtypes"},
+}
 
-WITHOUT_JAX = {"", "errors", "progress", "dtypes", "layout", "io", "trees", "cli", "console"}
+WITHOUT_JAX = {"", "errors", "progress", "display", "dtypes", "layout", "io", "trees", "cli", "console"}
 KEY_TEXT = (
     *("block_sparse_moe", "_scale_inv", "gate_and_up_projs", "down_projs", "input_layernorm", "embed_tokens"),
     *("self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),

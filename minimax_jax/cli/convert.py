@@ -33,7 +33,10 @@ from minimax_jax.jobs.streamed import streamed_targets
 def convert(src: str | Path, dst: Path, out: Output, **bounds: Any) -> None:
     """Convert the checkpoint SRC into the new folder DST, streaming. The same command again goes on after a stop."""
     from minimax_jax.jobs import front, report
+    from minimax_jax.jobs.loading import how_to_load
 
     with out.progress("convert") as listener:
         done = front.convert(src, dst, progress=listener, **bounds)
-    out.show(report.report_json, report.report_view, done)
+    lines = how_to_load(bounds["to"], bounds["dtype"], done.destination)
+    out.show(lambda done: report.report_json(done) | {"load": list(lines)}, report.report_view, done)
+    out.hint("it is loaded by", lines)

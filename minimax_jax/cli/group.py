@@ -18,6 +18,18 @@ EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NO_READER, EXIT_TERMINATE
 _AS_JSON = "minimax_jax.as_json"
 
 
+_EPILOG = """\b
+Examples:
+  minimax-jax demo                               all of it on a tiny checkpoint
+  minimax-jax inspect hf://MiniMaxAI/MiniMax-M2  what it is, from its headers
+  minimax-jax convert MiniMax-M2 m2-native       FP8 to bf16 grouped experts
+  minimax-jax verify MiniMax-M2 m2-native        the same weights
+
+Each command shows its own with --help. `minimax-jax completion bash` has your shell complete them. NO_COLOR takes the
+colours off a terminal; there are none elsewhere.
+"""
+
+
 class Group(click.Group):
     """A group whose `--json` holds for what is wrong with the command line as well."""
 
@@ -42,7 +54,7 @@ def _usage_told(context: click.Context) -> Iterator[None]:
         raise
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="minimax_jax")
 def cli() -> None:
     """Move MiniMax-M2 checkpoints between Hugging Face FP8, JAX and NeMo AutoModel, exact to the bit.

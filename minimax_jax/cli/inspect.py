@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +11,21 @@ import click
 from minimax_jax.cli import options
 from minimax_jax.cli.group import command
 from minimax_jax.console import Output
+from minimax_jax.layout.table import ROWS
 
 if TYPE_CHECKING:
     from minimax_jax.jobs.source import Source
 
 
+_HEAD, _DOWN = ROWS[-1].native, next(row for row in reversed(ROWS) if row.grouped).native.format(layer=0)
+
+
 @command(
-    examples="""
+    examples=f"""
     minimax-jax inspect MiniMax-M2
     minimax-jax inspect hf://MiniMaxAI/MiniMax-M2 --tree
-    minimax-jax inspect m2-native --tensor model.layers.0.mlp.experts.down_projs
-    minimax-jax inspect s3://bucket/m2 --tensor lm_head.weight --json
+    minimax-jax inspect m2-native --tensor {_DOWN}
+    minimax-jax inspect s3://bucket/m2 --tensor {_HEAD} --json
     """
 )
 @click.argument("path", type=options.PLACE)
@@ -69,4 +74,5 @@ def _show_tensor(source: Source, name: str, workers: int, out: Output) -> None:
 
     with out.progress("inspect") as listener:
         facts = describe(source, name, workers=workers, progress=listener)
-    out.show(inspect_report.tensor_document, inspect_report.tensor_view, facts)
+    view = functools.partial(inspect_report.tensor_view, everything=out.verbose)
+    out.show(inspect_report.tensor_document, view, facts)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from minimax_jax.errors import CheckpointError
 from minimax_jax.jobs.streamed import streamed_targets
@@ -43,6 +44,10 @@ class Place(click.ParamType[str | Path]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
         """The URL as text, all else as a path."""
         return value if isinstance(value, Path) or "://" in value else Path(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Files and folders of this machine, as the shell completes them."""
+        return [CompletionItem(incomplete, type="file")]
 
 
 class MeshShape(click.ParamType[dict[str, int]]):

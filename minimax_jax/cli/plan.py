@@ -44,7 +44,7 @@ def plan(src: str | Path, destination: Path | None, mesh: dict[str, int] | None,
     document: dict[str, Any] = report.plan_json(made)
     document["probe"] = None if probed is None else report.probe_json(probed)
     document["mesh"] = None
-    views = list(report.plan_view(made, **({"top": None} if out.verbose else {}))) + list(
+    views = list(report.plan_view(made, everything=out.verbose)) + list(
         () if probed is None else report.probe_view(probed)
     )
     if mesh is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def verify(first: str | Path, second: str | Path | None, out: Output, **chosen: 
         raise click.UsageError("--certificate takes one checkpoint")
     with out.progress("verify") as listener:
         seen = front.verify(first, second, progress=listener, **chosen)
-    out.show(certificate, report.verification_view, seen)
+    view = functools.partial(report.verification_view, everything=out.verbose)
+    out.show(certificate, view, seen)
     if not seen.good:
         raise click.exceptions.Exit(EXIT_DIFFERENT)

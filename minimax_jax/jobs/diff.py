@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
+from minimax_jax.display import Displayed
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.io.location import Location
 from minimax_jax.jobs.architecture import require_same_architecture
@@ -24,6 +25,8 @@ from minimax_jax.jobs.view import View
 from minimax_jax.layout.check import Layout
 from minimax_jax.layout.specs import Entry
 from minimax_jax.progress import Progress, Ticker
+
+_SHOWN = 20
 
 Rank: TypeAlias = Literal["relative", "ulp", "cosine", "abs"]
 
@@ -43,8 +46,8 @@ class WeightDiff:
     figures: Difference
 
 
-@dataclass(frozen=True, kw_only=True)
-class Diff:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Diff(Displayed):
     """What `diff` saw.
 
     Attributes:
@@ -71,6 +74,12 @@ class Diff:
     def same(self) -> bool:
         """Whether nothing differs in value."""
         return not self.differences
+
+    def views(self) -> Iterable[Any]:
+        """What there is to look at."""
+        from minimax_jax.jobs.diff_report import view
+
+        return view(self, top=_SHOWN)
 
 
 def diff(

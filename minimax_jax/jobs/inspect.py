@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+from minimax_jax.display import Displayed
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.location import Location
 from minimax_jax.jobs.left_out import LeftOut
@@ -22,8 +24,8 @@ class Tally:
     nbytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Inspection(Displayed):
     """What a checkpoint is.
 
     Attributes:
@@ -47,6 +49,12 @@ class Inspection:
     by_kind: dict[str, Tally]
     sidecar: Tally
     left_out: tuple[LeftOut, ...]
+
+    def views(self) -> Iterable[Any]:
+        """What there is to look at."""
+        from minimax_jax.jobs.report import inspection_view
+
+        return inspection_view(self)
 
 
 def inspect(source: Source) -> Inspection:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from minimax_jax.jobs.report import size
+from minimax_jax.display import size
 
 if TYPE_CHECKING:
     from minimax_jax.io.header import TensorInfo
@@ -110,10 +110,10 @@ def _finite(figure: float) -> float | None:
     return figure if math.isfinite(figure) else None
 
 
-def tensor_view(facts: TensorFacts) -> Iterator[Any]:
-    """One tensor to look at."""
+def tensor_view(facts: TensorFacts, *, everything: bool = False) -> Iterator[Any]:
+    """One tensor to look at, with the first of the stored tensors that hold it or all of them."""
     yield f"{facts.name}: {facts.dtype} {list(facts.shape)} ({', '.join(facts.axes)})"
-    yield _places(facts.stored)
+    yield _places(facts.stored, len(facts.stored) if everything else _SHOWN)
     seen = facts.whole
     table = Table(show_header=False, box=None)
     table.add_row("range", f"{seen.minimum:.6g} to {seen.maximum:.6g}, mean {seen.mean:.6g}")
@@ -134,14 +134,14 @@ def tensor_view(facts: TensorFacts) -> Iterator[Any]:
         yield _experts(facts.experts)
 
 
-def _places(stored: Sequence[TensorInfo]) -> Table:
+def _places(stored: Sequence[TensorInfo], top: int) -> Table:
     table = Table("stored as", "file", "bytes", box=None)
-    for info in stored[:_SHOWN]:
+    for info in stored[:top]:
         name = info.file.name if isinstance(info.file, Path) else str(info.file)
         table.add_row(Text(info.key), Text(name), f"{info.start:,} to {info.stop:,}")
-    if len(stored) > _SHOWN:
+    if len(stored) > top:
         files = len({info.file for info in stored})
-        table.add_row(f"... and {len(stored) - _SHOWN:,} more", f"{files:,} file{'' if files == 1 else 's'} in all", "")
+        table.add_row(f"... and {len(stored) - top:,} more", f"{files:,} file{'' if files == 1 else 's'} in all", "")
     return table
 
 

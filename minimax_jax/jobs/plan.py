@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from minimax_jax.display import Displayed
 from minimax_jax.errors import JobError, Problem, raise_if
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES, ShardLayout, TensorOut, lay_out
@@ -42,8 +44,8 @@ class Target:
     dtype: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Plan(Displayed):
     """A conversion, ready to run.
 
     Attributes:
@@ -78,6 +80,12 @@ class Plan:
     def peak_bytes(self) -> int:
         """Most memory over what the process has at the start: the largest units at a time, and jax's own."""
         return RUNTIME_BYTES + sum(sorted((unit.memory_bytes for unit in self.units), reverse=True)[: self.workers])
+
+    def views(self) -> Iterable[Any]:
+        """What there is to look at."""
+        from minimax_jax.jobs.report import plan_view
+
+        return plan_view(self)
 
     def outputs(self, unit: Unit) -> tuple[Output, ...]:
         """What a unit writes, in the order in which it does."""

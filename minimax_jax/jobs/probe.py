@@ -7,11 +7,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from minimax_jax.display import Displayed, size
 from minimax_jax.errors import JobError
 from minimax_jax.io.files import io_errors
 from minimax_jax.io.header import TensorInfo
@@ -31,8 +33,8 @@ _SHARE_OF_FREE = 10
 """At most one in so many free bytes is written."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Probe:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Probe(Displayed):
     """What a probe found.
 
     Attributes:
@@ -60,6 +62,13 @@ class Probe:
     def fits(self) -> bool:
         """Whether there is room for the output."""
         return self.needed_bytes <= self.free_bytes
+
+    def views(self) -> Iterable[Any]:
+        """What there is to look at."""
+        from minimax_jax.jobs.report import probe_view
+
+        yield f"{size(self.needed_bytes)} to write, {size(self.free_bytes)} free in {self.folder}"
+        yield from probe_view(self)
 
 
 def probe(plan: Plan, destination: Path) -> Probe:

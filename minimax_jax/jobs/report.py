@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 from rich.text import Text
 
+from minimax_jax.display import size
 from minimax_jax.io.jsonfile import shown
 from minimax_jax.jobs.compare import RELATIONS, Comparison
 from minimax_jax.jobs.inspect import Inspection, Tally
@@ -23,16 +24,6 @@ if TYPE_CHECKING:
     from minimax_jax.jobs.verification import Digested, LayerSummary, Verification
 
 _SHOWN = 20
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-
-
-def size(nbytes: float) -> str:
-    """Bytes in decimal units, three digits: `230 GB`."""
-    unit = 0
-    while nbytes >= 999.5 and unit < len(_UNITS) - 1:
-        nbytes, unit = nbytes / 1000, unit + 1
-    digits = 0 if unit == 0 or nbytes >= 99.95 else 1 if nbytes >= 9.995 else 2
-    return f"{nbytes:.{digits}f} {_UNITS[unit]}"
 
 
 def inspection_json(seen: Inspection) -> dict[str, Any]:
@@ -90,8 +81,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_view(plan: Plan, *, top: int | None = _SHOWN) -> Iterator[Any]:
-    """A plan to look at, with the first `top` of its files; None for all of them."""
+def plan_view(plan: Plan, *, everything: bool = False) -> Iterator[Any]:
+    """A plan to look at, with the first of its files or all of them."""
     yield f"{plan.source.path} ({plan.source.survey.layout}) to {plan.target.layout}, weights in {plan.target.dtype}"
     yield from _left_out_view(plan.source.left_out)
     facts = Table(show_header=False, box=None)
@@ -102,10 +93,11 @@ def plan_view(plan: Plan, *, top: int | None = _SHOWN) -> Iterator[Any]:
     facts.add_row("work", f"{len(plan.units):,} units, {plan.workers} at a time")
     yield facts
     files = Table("file", "size", "tensors", "first tensor", box=None)
+    top = len(plan.shards) if everything else _SHOWN
     for shard in (*plan.shards[:top], *plan.sidecar):
         files.add_row(shard.file_name, size(shard.file_bytes), f"{len(shard.tensors):,}", next(iter(shard.tensors)))
     yield files
-    if top is not None and len(plan.shards) > top:
+    if len(plan.shards) > top:
         yield f"... and {len(plan.shards) - top:,} more files"
 
 
@@ -147,7 +139,7 @@ def duration(seconds: float) -> str:
     """Seconds in the two largest units: `2 h 05 min`."""
     whole = round(seconds)
     if whole < 100:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+        return f"{seconds:.1f} s" if seconds < 9.95 and seconds != whole else f"{whole} s"
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
@@ -177,8 +169,8 @@ def report_view(report: Report) -> Iterator[str]:
     yield from _left_out_view(report.left_out)
 
 
-def verification_view(seen: Verification) -> Iterator[Any]:
-    """A verification to look at."""
+def verification_view(seen: Verification, *, everything: bool = False) -> Iterator[Any]:
+    """A verification to look at, with the first of its differences or all of them."""
     if seen.sample is not None:
         entries = f"{seen.sample.entries:,} of {seen.sample.of:,} entries"
         yield f"a sample ({seen.sample.asked}): {entries}, the same each time; the rest was not looked at"
@@ -191,7 +183,7 @@ def verification_view(seen: Verification) -> Iterator[Any]:
     if seen.comparisons:
         counts = (f"{seen.count(name):,} {name}" for name in ("identical", "equal", "different"))
         yield f"weights: {', '.join(counts)}"
-        yield from _failure_view(list(seen.failures))
+        yield from _failure_view(list(seen.failures), everything=everything)
     if seen.held is not None:
         yield from _held_view(seen.held)
     if seen.comparisons or seen.held is not None:
@@ -240,17 +232,18 @@ def _layer_name(layer: int | None) -> str:
     return "outside" if layer is None else str(layer)
 
 
-def _failure_view(failures: Sequence[Comparison]) -> Iterator[Any]:
+def _failure_view(failures: Sequence[Comparison], *, everything: bool) -> Iterator[Any]:
+    top = len(failures) if everything else _SHOWN
     if failures:
         table = Table(
             Column("weight", overflow="fold"), "relation", "dtypes", "elements", "largest difference", box=None
         )
-        for failure in failures[:_SHOWN]:
+        for failure in failures[:top]:
             dtypes = " / ".join(failure.dtypes)
             table.add_row(failure.key, failure.relation, dtypes, f"{failure.differing:,}", f"{failure.max_abs:.3g}")
         yield table
-    if len(failures) > _SHOWN:
-        yield f"... and {len(failures) - _SHOWN:,} more"
+    if len(failures) > top:
+        yield f"... and {len(failures) - top:,} more"
 
 
 def _held_view(held: Held) -> Iterator[Any]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+from minimax_jax.display import Displayed
 from minimax_jax.errors import JobError, Problem, raise_if
 from minimax_jax.io.checkpoint import side_files
 from minimax_jax.io.folder import appearing, workshop_of
@@ -35,8 +36,8 @@ _SYNC_BYTES = 2**30
 """Most bytes of input whose work a power cut may undo."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Report(Displayed):
     """What a conversion did.
 
     Attributes:
@@ -58,6 +59,12 @@ class Report:
     kept_scales: int
     fresh_scales: tuple[str, ...]
     left_out: tuple[LeftOut, ...] = ()
+
+    def views(self) -> Iterable[Any]:
+        """What there is to look at."""
+        from minimax_jax.jobs.report import report_view
+
+        return report_view(self)
 
 
 def run(

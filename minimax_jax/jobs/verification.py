@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+from minimax_jax.display import Displayed
 from minimax_jax.io.location import Location
 from minimax_jax.jobs.certified import Held
 from minimax_jax.jobs.compare import Comparison, Relation
@@ -69,8 +70,8 @@ class LayerSummary:
     max_abs: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verification:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Verification(Displayed):
     """What `verify` saw.
 
     Attributes:
@@ -99,6 +100,12 @@ class Verification:
         """The weights that do not agree as asked."""
         allowed = ("identical",) if self.by == "bytes" else ("identical", "equal")
         return (comparison for comparison in self.comparisons if comparison.relation not in allowed)
+
+    def views(self) -> Iterable[Any]:
+        """What there is to look at."""
+        from minimax_jax.jobs.report import verification_view
+
+        return verification_view(self)
 
     def count(self, relation: Relation) -> int:
         """How many weights have this relation."""

@@ -9,10 +9,12 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from minimax_jax.display import Displayed, size
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.table import PREFIX, SCALE_SUFFIX, Row, axis_sizes, rows
@@ -62,6 +64,9 @@ class Entry:
     keys: tuple[tuple[str, ...], ...]
     part_shape: tuple[int, ...]
     block: tuple[int, int]
+
+    def __repr__(self) -> str:
+        return f"Entry({self.native!r}, {self.row.dtype}{list(self.shape)}, of {self.experts * self.parts} published)"
 
     @property
     def experts(self) -> int:
@@ -118,7 +123,7 @@ class Entry:
         return scaled if self.row.scaled else self.row.dtype
 
 
-class Specs:
+class Specs(Displayed):
     """Every tensor of one checkpoint, enumerated.
 
     Attributes:
@@ -139,6 +144,20 @@ class Specs:
     def knows(self, key: str) -> bool:
         """Whether a tensor of this name belongs to the checkpoint, in either layout."""
         return key in self.places or key.removesuffix(SCALE_SUFFIX) in self.by_native
+
+    def views(self) -> Iterable[Any]:
+        """What there is to look at: the kinds of tensors, as they are published."""
+        from rich.table import Table
+
+        published = list(self.hf())
+        yield f"MiniMax-M2, {len(published):,} tensors as published, {size(total_bytes(published))}"
+        table = Table("native tensor", "axes", "shape", "published as", "count", box=None)
+        counts = Counter(entry.row for entry in self.entries)
+        first = {entry.row: entry for entry in reversed(self.entries)}
+        for row, count in counts.items():
+            shape = str(list(first[row].shape))
+            table.add_row(row.native, ", ".join(row.native_axes), shape, row.dtype, f"{count:,}")
+        yield table
 
     def hf(self, scaled: str = "F8_E4M3") -> Iterator[TensorSpec]:
         """Every tensor of the Hugging Face form, block-scaled rows stored as `scaled` (`F8_E4M3`, `BF16`, `F32`)."""

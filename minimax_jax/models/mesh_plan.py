@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from minimax_jax.display import Displayed
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.jobs.source import Source
@@ -37,8 +38,8 @@ class Share:
     device_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeshPlan:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MeshPlan(Displayed):
     """What loading a checkpoint onto a mesh would take.
 
     Attributes:
@@ -62,6 +63,12 @@ class MeshPlan:
     def device_bytes(self) -> int:
         """Bytes of weights on one device."""
         return sum(share.device_bytes for share in self.shares)
+
+    def views(self) -> Iterable[Any]:
+        """What there is to look at."""
+        from minimax_jax.models.mesh_report import view
+
+        return view(self)
 
 
 def mesh_plan(source: Source, mesh: Mapping[str, int], *, dtype: str = "BF16", rules: Rules | None = None) -> MeshPlan:
@@ -136,7 +143,7 @@ def _whole_heads(placer: Placer, config: MiniMaxConfig) -> Iterator[str]:
     over = placer.rules.over("kv_heads", placer.mesh_shape)
     if over and placer.stays_whole("kv_heads", over):
         count = f"{config.num_key_value_heads} KV heads, and {placer.shards(over)} shards of {' x '.join(over)}"
-        yield f"k_proj, v_proj and k_norm stay whole on every device: there are {count}"
+        yield f"what is split by KV heads stays whole on every device: there are {count}"
 
 
 def _cut_blocks(placer: Placer, source: Source) -> Iterator[str]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from minimax_jax.jobs.report import size, warning
+from minimax_jax.display import size
+from minimax_jax.jobs.report import warning
 from minimax_jax.models.mesh_plan import MeshPlan, Share
 
 

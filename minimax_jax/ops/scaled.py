@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey
 from jax.typing import DTypeLike
 
+from minimax_jax.display import Displayed, size
 from minimax_jax.errors import LayoutError, Problem, raise_if
 from minimax_jax.ops import fp8
 from minimax_jax.ops.checks import Array, Block, scaled_problems
@@ -21,7 +23,7 @@ from minimax_jax.ops.experts import group, ungroup
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class BlockScaled:
+class BlockScaled(Displayed):
     """Weights as FP8 codes with one scale for each block; see `minimax_jax.ops.fp8` for what they mean.
 
     A pytree node of two leaves. Building one checks that the grid fits; rebuilding one from leaves does not, so that
@@ -87,6 +89,19 @@ class BlockScaled:
     def __repr__(self) -> str:
         parts = "" if self.parts == 1 else f", parts={self.parts}"
         return f"BlockScaled({_short(self.values)}, scale_inv={_short(self.scale_inv)}, block={self.block}{parts})"
+
+    def views(self) -> Iterable[Any]:
+        """What there is to look at: of the two arrays, never their numbers."""
+        from rich.table import Table
+
+        yield repr(self)
+        table = Table("array", "shape", "dtype", "size", box=None)
+        for name in ("values", "scale_inv"):
+            leaf = getattr(self, name)
+            if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+                nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
+                table.add_row(name, str(list(leaf.shape)), str(leaf.dtype), size(nbytes))
+        yield table
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[GetAttrKey, Any], ...], tuple[Block, int]]:
         """Leaves with their names, and what is static."""
