@@ -3,7 +3,7 @@
 Programs that XLA has compiled before, in another worker or in an earlier run, are taken from pytest's cache: most of
 the time of these tests goes into compiling. A program is known by its text, the options and the version of XLA; what
 XLA refuses is never kept. An entry that is not whole, since another worker is writing it, is compiled again.
-`pytest --cache-clear` forgets them. Other processes that tests start compile for themselves.
+`pytest --cache-clear` forgets them. Of the other processes that tests start, the commands of pages share it.
 """
 
 import os

@@ -22,15 +22,10 @@ EXPLAINED = [
 ]
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
 @pytest.fixture
-def shell(tmp_path, compiled, monkeypatch):
+def shell(tmp_path, monkeypatch, pytestconfig):
     monkeypatch.chdir(tmp_path)
-    return Shell(folder=tmp_path, cache=compiled)
+    return Shell(folder=tmp_path, cache=pytestconfig.cache.mkdir("xla"))
 
 
 @pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
