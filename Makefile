@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test lint examples docs bench aot reliability fuzz clean
+.PHONY: demo test test-lowest lint examples docs bench aot reliability fuzz clean
 
 demo: .venv/base
 	rm -rf demo
@@ -12,6 +12,13 @@ demo: .venv/base
 
 test: .venv/test
 	$(BIN)/pytest
+
+# What the ranges of dependencies begin with, but for torch and what only tests need: the newest is what `make test` has.
+LOWEST_TESTS ?= tests/test_safetensors_reader.py tests/test_conversion.py tests/test_verify.py tests/test_cli.py \
+	tests/test_orbax.py tests/test_load.py
+
+test-lowest: .venv-lowest/test
+	.venv-lowest/bin/pytest $(LOWEST_TESTS)
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -56,7 +63,7 @@ fuzz: .venv/test
 		-max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -artifact_prefix=build/fuzz/ || exit 1; done
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-lowest demo
 
 .venv/base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -73,4 +80,13 @@ clean:
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[test,dev]"
 	$(BIN)/pip install --quiet --no-deps "nemo-automodel>=0.7,<0.8"
+	touch $@
+
+.venv-lowest/test: .venv/base
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --python .venv-lowest/bin/python pyproject.toml \
+		--extra fast --extra hub --extra orbax --extra remote --output-file .venv-lowest/pins.txt
+	.venv-lowest/bin/pip install --quiet "$(TORCH)" -r .venv-lowest/pins.txt pytest pytest-xdist hypothesis "moto[server]"
+	.venv-lowest/bin/pip install --quiet --no-deps --editable .
 	touch $@

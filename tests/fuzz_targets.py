@@ -154,7 +154,7 @@ def _certificate() -> dict[str, Any]:
     tensor = {"dtype": "F32", "shape": [2], "sha256": "00"}
     whole = hashlib.sha256(b"t F32 [2] 00\n").hexdigest()
     files = {"config.json": {"bytes": 2, "sha256": "00", "of": "file"}}
-    one = {"path": "p", "layout": "hf", "sha256": whole, "files": files}
+    one = {"path": "p", "layout": "hf", "sha256": whole, "config_sha256": "00", "files": files}
     return {"format": FORMAT, "options": {"sample": None}, "checkpoints": [one], "tensors": {"t": tensor}}
 
 

@@ -15,8 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch_modules import tensors_of
 
-from minimax_jax.errors import CheckpointError, JobError, LayoutError, NumericError
+from minimax_jax.errors import CheckpointError, JobError, LayoutError, NumericError, Problem
+from minimax_jax.jobs.team import PeerFailed
 from torch_bridge import dcp, load_into, save_hf
+from torch_bridge import ranks as storage
 
 CONFIG = config(num_local_experts=4)
 """320 hidden and 192 inter are no whole blocks, nor are their halves."""
@@ -129,6 +131,36 @@ def save_fails_on_every_rank(_sources, folder):
             save_hf(module, folder / "nan", config=CONFIG, quantization=True)
         assert len(caught.value.problems) == 2 and not (folder / "nan").exists()
     refused(JobError, "not an empty folder", save_hf, module, folder / "one", config=CONFIG)
+
+
+@scenario
+def save_stopped_in_one_rank_ends_on_all(_sources, folder):
+    mesh, experts = next(meshes())
+    module = module_of(sharded(native(), mesh, experts))
+    for number, victim in enumerate((0, dist.get_world_size() - 1)):
+        for error in (KeyboardInterrupt, OSError, LayoutError(Problem(what="not so"))):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(BaseException) as caught:
+                stops_at(patch, 5, error if dist.get_rank() == victim else None)
+                save_hf(module, folder / f"stopped-{number}", config=CONFIG)
+            same = isinstance(error, LayoutError) or dist.get_rank() == victim
+            assert caught.type is ((error if isinstance(error, type) else type(error)) if same else PeerFailed)
+            assert not (folder / f"stopped-{number}").exists()
+            dist.barrier()
+            assert not list(folder.glob(f".stopped-{number}*"))
+
+
+def stops_at(patch, count, error):
+    """Have a rank fail at some piece, right after its part in fetching it."""
+    gather, left = storage.gather, [count]
+
+    def fails(home, box):
+        piece = gather(home, box)
+        left[0] -= 1
+        if left[0] == 0 and error is not None:
+            raise error
+        return piece
+
+    patch.setattr("torch_bridge.ranks.gather", fails)
 
 
 def save_hf_alone(module, path, **how):

@@ -47,6 +47,15 @@ def copy(made, tmp_path):
     return copied
 
 
+def weights_renamed(folder):
+    """The same files of weights by other names, and an index that names them so."""
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_bytes())["weight_map"]
+    for name in set(weight_map.values()):
+        (folder / name).rename(folder / f"other-{name}")
+    folders.edit_json(index, weight_map={key: f"other-{name}" for key, name in weight_map.items()})
+
+
 def mismatches(seen):
     return {(each.name, each.what) for each in seen.held.mismatches}
 
@@ -59,9 +68,36 @@ def test_what_is_unchanged_fits_its_certificate(made, copy):
         assert seen.held.files == len(list((made / name).iterdir()))
 
 
-def test_another_layout_fits_by_its_tensors_and_its_files_are_not_compared(made):
+def test_another_layout_fits_by_its_tensors_its_config_and_the_files_beside_them(made, copy):
     seen = mj.verify(made / "fp8", certificate=made / "hf.json")
-    assert seen.good and seen.held.files == 0 and seen.held.tensors == len(folders.stored(made / "hf"))
+    assert seen.good and seen.held.tensors == len(folders.stored(made / "hf"))
+    (note,) = seen.held.notes
+    assert "another layout" in note and note in run("verify", made / "fp8", "--certificate", made / "hf.json")[0]
+    folder = copy("fp8")
+    (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() + b" ")
+    assert mismatches(mj.verify(folder, certificate=made / "hf.json")) == {("tokenizer.json", "file")}
+
+
+@pytest.mark.parametrize(
+    "change", [{"rope_theta": 1e4, "rope_parameters": None}, {"rms_norm_eps": 0.5}, {"eos_token_id": 7}]
+)
+@pytest.mark.parametrize("name", ["hf", "fp8", "renamed"])
+def test_a_changed_config_is_found_in_any_layout(made, copy, name, change):
+    folder = copy("hf" if name == "renamed" else name)
+    if name == "renamed":
+        weights_renamed(folder)
+        assert mj.verify(folder, certificate=made / "hf.json").good
+    folders.edit_json(folder / "config.json", **change)
+    found = mismatches(mj.verify(folder, certificate=made / "hf.json"))
+    assert ("config.json", "config") in found and {name for name, _ in found} == {"config.json"}
+
+
+def test_renamed_weights_fit_and_that_is_said(made, copy):
+    folder = copy("hf")
+    weights_renamed(folder)
+    seen = mj.verify(folder, certificate=made / "hf.json")
+    assert seen.good and "files of other names" in seen.held.notes[0]
+    assert mj.verify(copy("bf16"), certificate=made / "bf16.json").held.notes == ()
 
 
 def test_a_copy_on_a_server_is_held_against_it_as_well(made, copy):

@@ -132,3 +132,35 @@ def test_help_keeps_its_examples_on_lines_of_their_own():
     assert "\n    minimax-jax synth whole --real --sparse " in run("synth", "--help")[0]
     for command in cli.commands:
         assert "--json" in run(command, "--help")[0] and "\\" not in run(command, "--help")[0]
+
+
+@pytest.mark.parametrize(
+    "command", [["convert"], ["plan", "x", "--bad"], ["nonsense"], ["verify", "x", "--by", "taste"], ["--bad", "plan"]]
+)
+def test_a_usage_error_is_one_json_document_where_that_is_asked_for(command):
+    said, told = run_json(*command, code=2)
+    assert said["error"] and said["problems"][0]["what"] and "Error: " in told
+    assert run(*command, code=2)[0] == ""
+
+
+def test_a_reader_that_is_gone_is_no_difference(made):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "minimax_jax", "plan", made / "hf"], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("option", [["--restart"], ["--check", "all"], ["--distributed"], ["--shard-size", "1GB"]])
+@pytest.mark.parametrize("to", ["orbax", "dcp"])
+def test_what_a_target_does_not_know_is_refused(made, tmp_path, to, option):
+    told = run("convert", made / "hf", tmp_path / "out", "--to", to, *option, code=3)[1]
+    assert f"means nothing to the target {to}" in told and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["native", "orbax"])
+def test_a_destination_inside_of_the_source_is_refused(made, to):
+    assert "inside of the source" in run("convert", made / "hf", made / "hf" / "sub" / "out", "--to", to, code=3)[1]
+    assert not (made / "hf" / "sub").exists()

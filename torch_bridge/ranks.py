@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from minimax_jax.errors import CheckpointError
+from minimax_jax.errors import CheckpointError, Problem
 from minimax_jax.io.folder import appearing
+from minimax_jax.jobs.team import PeerFailed, uninterrupted
 from torch_bridge.homes import Home
 from torch_bridge.mesh import Region
 
 _T = TypeVar("_T")
+
+_Failure: TypeAlias = tuple[type[CheckpointError], tuple[Problem, ...]]
+_LOST = Problem(what="another rank failed", remedy="see what it says, then start again")
 
 WRITER = 0
 """The rank that writes."""
@@ -76,6 +80,47 @@ def appearing_for_all(destination: str | Path) -> Iterator[Path]:
         except CheckpointError as error:
             failure = error
         agree(None, failure)
+
+
+class Together:
+    """All ranks at one job: when one fails, whatever the reason, all of them end it by an error, soon.
+
+    Each of them calls `require_all_well` as often as the others do.
+    """
+
+    def __init__(self) -> None:
+        self._known = False
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        """A context in which the failure of this rank is told to the others."""
+        try:
+            yield
+        except BaseException as error:
+            if together() and not self._known:
+                self._tell(error)
+            raise
+
+    def require_all_well(self) -> None:
+        """Wait until all ranks have come so far.
+
+        Raises:
+            CheckpointError: what another rank failed by; PeerFailed where that was no error of this library.
+        """
+        if not together():
+            return
+        for failed in filter(None, self._tell(None)):
+            self._known = True
+            raise failed[0](failed[1])
+
+    def _tell(self, error: BaseException | None) -> list[_Failure | None]:
+        told: _Failure | None = None
+        if error is not None:
+            told = (type(error), error.problems) if isinstance(error, CheckpointError) else (PeerFailed, (_LOST,))
+        everyone: list[_Failure | None] = [None] * dist.get_world_size()
+        with uninterrupted():
+            dist.all_gather_object(everyone, told)
+        return everyone
 
 
 def agree(result: _T | None, failure: CheckpointError | None) -> _T:

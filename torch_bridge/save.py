@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,13 +13,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from minimax_jax.errors import CheckpointError, ConfigError, LayoutError, NumericError, Problem, raise_if
+from minimax_jax.errors import ConfigError, LayoutError, NumericError, Problem, raise_if
 from minimax_jax.io.folder import appearing
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES, TensorOut, lay_out
 from minimax_jax.io.writer import Writer
 from minimax_jax.jobs.quantize import quantize_leaf
 from minimax_jax.jobs.run import Report
+from minimax_jax.jobs.team import uninterrupted
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.specs import Entry, specs
 from minimax_jax.layout.table import SCALE_SUFFIX, Row
@@ -83,15 +85,16 @@ def save_hf(
     job = _Job(homes, config, quantization, scales or {}, shard_bytes)
     ticker = Ticker(sum(home.nbytes for home in homes), progress if ranks.writes() else None)
     pieces = _pieces(homes, quantization)
-    report, failure = None, None
-    if ranks.writes():
-        try:
-            report = job.write(pieces, Path(path), ticker)
-        except CheckpointError as error:
-            failure = error
-    for _ in pieces:  # what is left: the other ranks are still sending
-        pass
-    return ranks.agree(report, failure)
+    all_ranks = ranks.Together()
+    with all_ranks.standing():
+        with job.writing(Path(path)) if ranks.writes() else contextlib.nullcontext() as writer:
+            all_ranks.require_all_well()  # the destination is free
+            for piece in pieces:
+                if piece is not None and writer is not None:
+                    job.write(piece, writer, ticker)
+                all_ranks.require_all_well()
+        all_ranks.require_all_well()
+    return ranks.agree(job.report(Path(path), ticker.seconds), None)
 
 
 def _config_of(model: nn.Module) -> MiniMaxConfig:
@@ -120,7 +123,8 @@ def _pieces(homes: Iterable[Home], quantization: bool) -> Iterator[Home | None]:
         at_once = rows if one_piece else max(1, _PIECE_BYTES // row_bytes)
         for start in range(0, rows, at_once):
             box = (range(start, min(start + at_once, rows)), *map(range, home.shape[1:]))
-            local = ranks.gather(home, box)
+            with uninterrupted():
+                local = ranks.gather(home, box)
             whole = None if local is None else local.cpu()
             yield None if whole is None else dataclasses.replace(home, layout=None, region=box, local=whole)
 
@@ -144,20 +148,22 @@ class _Job:
         ]
         self._shards = lay_out(self._tensors, shard_bytes=shard_bytes)
 
-    def write(self, pieces: Iterator[Home | None], path: Path, ticker: Ticker) -> Report:
-        """Write all pieces."""
+    @contextlib.contextmanager
+    def writing(self, path: Path) -> Iterator[Writer]:
+        """A writer of all pieces; when the block ends well they are a checkpoint at `path`, else nothing is."""
         with appearing(path) as folder:
-            write_json_atomic(folder / "config.json", self._config.to_dict())
             with Writer(folder, self._shards) as writer:
-                for piece in pieces:
-                    if piece is not None:
-                        self._write_piece(piece, writer)
-                        ticker.tick(piece.local.nbytes)
-                        if piece.local.nbytes >= _RETURN_BYTES:
-                            memory.return_freed()
+                yield writer
                 raise_if(self._problems, NumericError)
                 writer.finish()
-        return self._report(path, ticker.seconds)
+            write_json_atomic(folder / "config.json", self._config.to_dict())
+
+    def write(self, piece: Home, writer: Writer, ticker: Ticker) -> None:
+        """Write one piece."""
+        self._write_piece(piece, writer)
+        ticker.tick(piece.local.nbytes)
+        if piece.local.nbytes >= _RETURN_BYTES:
+            memory.return_freed()
 
     def _dtype(self, home: Home) -> str:
         return _FP8 if self._quantization and home.entry.row.scaled else TORCH_NAMES[home.local.dtype]
@@ -186,7 +192,8 @@ class _Job:
         held = as_numpy(grid.cpu()) if isinstance(grid, torch.Tensor) else np.asarray(grid)
         return held[piece.region[0].start : piece.region[0].stop] if piece.entry.row.grouped else held
 
-    def _report(self, path: Path, seconds: float) -> Report:
+    def report(self, path: Path, seconds: float) -> Report:
+        """What was done."""
         return Report(
             destination=path,
             tensors=len(self._tensors),

@@ -13,6 +13,7 @@ from minimax_jax.io.extras import needs
 from minimax_jax.io.files import FileState
 from minimax_jax.io.location import Url
 from minimax_jax.io.remote import RemoteFile, Transient, persist
+from minimax_jax.io.source import require_state
 
 _TAGS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 """Where systems of fsspec tell what changes with an object, the best first."""
@@ -64,7 +65,9 @@ class Objects:
         return FileState(nbytes=found["size"], tag=tag)
 
     def open(self, file: Url, pinned: FileState, *, data: bool) -> RemoteFile:
-        """An object to read by ranges. That it stays the same is asked at the end."""
+        """An object to read by ranges. That it is the same is asked before its data is read, and at the end."""
+        if data:
+            require_state(file, pinned, self.look(file))
         return RemoteFile(file, pinned, _fetch, self.look)
 
 

@@ -68,6 +68,7 @@ def _checkpoint(checkpoint: Digested) -> dict[str, Any]:
         "tensors": len(checkpoint.digests),
         "bytes": checkpoint.nbytes,
         "sha256": checkpoint.sha256,
+        "config_sha256": checkpoint.config,
         "unread_attributes": list(checkpoint.unread),
         "left_out": left_out_json(checkpoint.left_out),
         "unusual": [{"key": each.key, "what": each.what, "count": each.count} for each in checkpoint.unusual],
@@ -105,6 +106,7 @@ def _held(held: Held) -> dict[str, Any]:
         "checkpoint": held.path,
         "tensors": held.tensors,
         "files": held.files,
+        "notes": list(held.notes),
         "mismatches": [
             {"name": each.name, "what": each.what, "expected": each.expected, "got": each.got}
             for each in held.mismatches

@@ -12,14 +12,22 @@ from typing import Any, Literal, TypeAlias
 
 from minimax_jax.errors import FormatError, Problem
 from minimax_jax.io import source as places
+from minimax_jax.io.checkpoint import INDEX_SUFFIX
 from minimax_jax.io.header import is_shape
 from minimax_jax.io.jsonfile import is_text, parse_object, shown
 from minimax_jax.jobs.digests import Digest, FileDigest, overall
+from minimax_jax.jobs.source import SIDECAR
+from minimax_jax.layout.config import CONFIG_NAME
 
-FORMAT = "minimax_jax certificate 1"
+FORMAT = "minimax_jax certificate 2"
 SEAL = "seal"
 
-What: TypeAlias = Literal["sha256", "dtype", "shape", "missing", "extra", "file"]
+What: TypeAlias = Literal["sha256", "dtype", "shape", "missing", "extra", "file", "config"]
+
+_NOT_ALIKE = (
+    "another layout, or weights in files of other names: tensors, config.json and the files beside them were held "
+    "against it, but not the files of the weights themselves"
+)
 
 _MOST_BYTES = 2**28
 """A certificate of two checkpoints that differ in each of 96,103 tensors takes 45 MB."""
@@ -32,12 +40,14 @@ class Certified:
     Attributes:
         path: where it was.
         layout: which layout it had.
+        config: digest of what its config.json said.
         tensors: digests by Hugging Face name.
         files: digests of its files by name.
     """
 
     path: str
     layout: str
+    config: str
     tensors: Mapping[str, Digest]
     files: Mapping[str, FileDigest]
 
@@ -80,8 +90,9 @@ class Held:
         file: the certificate.
         path: which of the checkpoints that it speaks of: the one that fits best.
         tensors: how many tensors were held against it.
-        files: how many files; none where the layout or the division into files is another one.
+        files: how many files were held against it byte for byte.
         mismatches: all that differs.
+        notes: what was not held against it, in words.
     """
 
     file: Path
@@ -89,6 +100,7 @@ class Held:
     tensors: int
     files: int
     mismatches: tuple[Mismatch, ...]
+    notes: tuple[str, ...]
 
 
 def read_certificate(file: str | Path) -> Certificate:
@@ -124,6 +136,7 @@ def seal(document: Mapping[str, Any]) -> str:
 def hold(
     certificate: Certificate,
     layout: str,
+    config: str,
     digests: Sequence[Digest],
     files: Sequence[FileDigest],
     looked_at: Callable[[str], bool],
@@ -133,13 +146,14 @@ def hold(
     Args:
         certificate: what to hold it against.
         layout: the checkpoint's layout.
+        config: digest of what its config.json says.
         digests: its tensors.
         files: its files; the certificate itself may be one of them, and extra ones do not matter.
         looked_at: of a name that has no digest, whether it would have one if there were such a tensor.
     """
     ours = {digest.key: digest for digest in digests}
     around = {file.name: file for file in files}
-    each = [_held(certificate.file, one, layout, ours, around, looked_at) for one in certificate.checkpoints]
+    each = [_held(certificate.file, one, layout, config, ours, around, looked_at) for one in certificate.checkpoints]
     return min(each, key=lambda held: len(held.mismatches))
 
 
@@ -147,6 +161,7 @@ def _held(
     file: Path,
     certified: Certified,
     layout: str,
+    config: str,
     ours: Mapping[str, Digest],
     files: Mapping[str, FileDigest],
     looked_at: Callable[[str], bool],
@@ -154,14 +169,25 @@ def _held(
     known = {name: one for name, one in certified.files.items() if name != file.name}
     alike = layout == certified.layout and _weight_files(files) == _weight_files(known)
     mismatches = list(_tensor_mismatches(certified.tensors, ours, looked_at))
-    mismatches += _file_mismatches(known, files) if alike else ()
+    if config != certified.config:
+        mismatches.append(Mismatch(name=CONFIG_NAME, what="config", expected=certified.config, got=config))
+    if not alike:
+        known = {name: one for name, one in known.items() if name in files and _is_beside(one)}
+    mismatches += _file_mismatches(known, files)
     return Held(
         file=file,
         path=certified.path,
         tensors=len(ours),
-        files=len(known) if alike else 0,
+        files=len(known),
         mismatches=tuple(mismatches),
+        notes=() if alike else (_NOT_ALIKE,),
     )
+
+
+def _is_beside(file: FileDigest) -> bool:
+    """Whether a file lies beside the weights in any layout, such as those of the tokenizer."""
+    own = (CONFIG_NAME, SIDECAR)
+    return not file.header_only and file.name not in own and not file.name.endswith(INDEX_SUFFIX)
 
 
 def _weight_files(files: Mapping[str, FileDigest]) -> set[str]:
@@ -202,7 +228,8 @@ def _checkpoints(document: Mapping[str, Any]) -> Iterator[Certified]:
         if one["sha256"] != overall(tensors.values()):
             raise ValueError("the digest of the whole is not that of its tensors")
         files = dict(_files(one["files"]))
-        yield Certified(path=_text(one["path"]), layout=_text(one["layout"]), tensors=tensors, files=files)
+        path, layout, config = (_text(one[name]) for name in ("path", "layout", "config_sha256"))
+        yield Certified(path=path, layout=layout, config=config, tensors=tensors, files=files)
 
 
 def _tensors(told: Mapping[str, Any], number: int) -> Iterator[tuple[str, Digest]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,16 @@ def overall(digests: Iterable[Digest]) -> str:
     """One digest for many: over name, dtype, shape and digest of each tensor, in the order of names."""
     lines = (f"{d.key} {d.dtype} {list(d.shape)} {d.sha256}\n" for d in digests)
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def config_digest(source: Source) -> str:
+    """The SHA-256 of what config.json says, in canonical form: the same for any layout, whoever wrote the file.
+
+    The block size counts where weights are FP8; a float checkpoint may know it from a sidecar or not.
+    """
+    is_fp8 = "F8_E4M3" in source.survey.dtypes.values()
+    config = source.config.replace(weight_block_size=source.config.block if is_fp8 else None)
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 def file_digests(source: Source) -> Iterator[FileDigest]:

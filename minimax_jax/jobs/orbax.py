@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from minimax_jax.errors import LayoutError, Problem, raise_if
 from minimax_jax.io import orbax
 from minimax_jax.io.checkpoint import side_files
-from minimax_jax.io.folder import appearing
+from minimax_jax.io.folder import appearing, workshop_of
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.orbax import Rows
@@ -35,6 +35,7 @@ from minimax_jax.jobs.orbax_worker import OrbaxWorker
 from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS
 from minimax_jax.jobs.run import Report
 from minimax_jax.jobs.source import Source
+from minimax_jax.jobs.team import present_team
 from minimax_jax.layout.check import Survey, survey
 from minimax_jax.layout.config import CONFIG_NAME, MiniMaxConfig
 from minimax_jax.layout.table import SCALE_SUFFIX
@@ -97,25 +98,34 @@ def write(
 def save(native: Mapping[str, Leaf], config: MiniMaxConfig, folder: str | Path) -> None:
     """Save a native tree that is in memory; read it again with `read`. Every process calls it, for its own shards.
 
+    The folder appears whole, config.json and all, by rename, or not at all; when this returns, it is there for all
+    processes, which have to see the same files.
+
     Args:
         native: leaves by native name: arrays, or `BlockScaled`s. Not changed.
         config: the checkpoint's config; where weights are FP8, with their block size.
-        folder: does not exist yet.
+        folder: does not exist yet, or is empty.
 
     Raises:
         LayoutError: what is missing, unexpected, or of a wrong shape, dtype or block.
-        JobError: the folder exists, a write failed, or Orbax is not installed.
+        JobError: the folder is taken, a write failed, another process failed, or Orbax is not installed.
     """
     path = Path(folder)
     tensors = {name: part for key, leaf in native.items() for name, part in stored(key, leaf).items()}
     checked = survey({key: orbax.stored_as(path, key, x) for key, x in tensors.items()}, config, layout="native")
     raise_if(_block_problems(native, checked), LayoutError)
     is_fp8 = "F8_E4M3" in checked.dtypes.values()
-    orbax.save(path, tensors)
-    if jax.process_index() == 0:
-        write_json_atomic(
-            path / CONFIG_NAME, config.replace(weight_block_size=config.block if is_fp8 else None).to_dict()
-        )
+    told = config.replace(weight_block_size=config.block if is_fp8 else None)
+    team = present_team()
+    with team.standing_together(workshop_of(path)):
+        with appearing(path) if team.leads else nullcontext(workshop_of(path) / path.resolve().name) as folder:
+            if team.leads:
+                folder.rmdir()  # Orbax makes it
+            team.wait()
+            orbax.save(folder, tensors)
+            if team.leads:
+                write_json_atomic(folder / CONFIG_NAME, told.to_dict())
+        team.wait()
 
 
 def read(

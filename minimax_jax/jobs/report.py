@@ -247,8 +247,9 @@ def _failure_view(failures: Sequence[Comparison], *, everything: bool) -> Iterat
 
 
 def _held_view(held: Held) -> Iterator[Any]:
-    files = f"{held.files:,} files" if held.files else "no files: another layout or division into files"
-    yield f"held against {held.file}, which speaks of {held.path}: {held.tensors:,} tensors, {files}"
+    seen = f"{held.tensors:,} tensors, config.json, {held.files:,} file{_s(held.files)}"
+    yield f"held against {held.file}, which speaks of {held.path}: {seen}"
+    yield from (f"note: {note}" for note in held.notes)
     if held.mismatches:
         table = Table(Column("not as certified", overflow="fold"), "what", "expected", "got", box=None)
         for each in held.mismatches:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -75,6 +77,37 @@ class Team:
 SOLO = Team()
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A context at whose end Ctrl-C and SIGTERM take effect: none may leave the others alone in a collective.
+
+    In a thread other than the main one it changes nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    kept = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number, _ in kept:
+        signal.signal(number, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in kept:
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    if caught:
+        signal.raise_signal(caught[0])
+
+
+def present_team() -> Team:
+    """The processes that jax knows of by now: those of `jax.distributed`, or this one alone."""
+    import jax
+
+    if jax.process_count() == 1:
+        return SOLO
+    return Team(index=jax.process_index(), count=jax.process_count(), any_fails=_any_fails)
+
+
 def distributed_team() -> Team:
     """The processes of `jax.distributed`, which is initialised if it is not yet.
 
@@ -106,7 +139,8 @@ def _number(text: str | None) -> int | None:
 def _any_fails(fails: bool) -> bool:
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.process_allgather(np.int32(fails)).any())
+    with uninterrupted():
+        return bool(multihost_utils.process_allgather(np.int32(fails)).any())
 
 
 def _peer_failed() -> PeerFailed:

@@ -28,6 +28,7 @@ class Digested:
         layout: which layout it has.
         nbytes: bytes of all its tensors.
         digests: the stored tensors of its Hugging Face form that were looked at, in canonical order.
+        config: digest of what its config.json says; see `digests.config_digest`.
         files: the files that hold them and that lie beside them.
         unusual: numbers that a sound checkpoint does not hold; they are told, and make no difference.
         unread: attributes of config.json that were left unread.
@@ -38,6 +39,7 @@ class Digested:
     layout: Layout
     nbytes: int
     digests: tuple[Digest, ...]
+    config: str
     files: tuple[FileDigest, ...]
     unusual: tuple[Unusual, ...]
     unread: tuple[str, ...]

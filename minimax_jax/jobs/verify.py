@@ -19,7 +19,7 @@ from minimax_jax.errors import JobError, Problem
 from minimax_jax.jobs.architecture import require_same_architecture
 from minimax_jax.jobs.certified import Certificate, Held, hold
 from minimax_jax.jobs.compare import RELATIONS
-from minimax_jax.jobs.digests import file_digests, overall
+from minimax_jax.jobs.digests import config_digest, file_digests, overall
 from minimax_jax.jobs.look import Look, look_at, pieces, stored_bytes
 from minimax_jax.jobs.numbers import merged
 from minimax_jax.jobs.plan import require_workers
@@ -123,6 +123,7 @@ def _digested(source: Source, which: int, looks: Sequence[Look]) -> Digested:
         layout=source.survey.layout,
         nbytes=source.checkpoint.nbytes,
         digests=tuple(digest for look in looks for digest in look.digests[which]),
+        config=config_digest(source),
         files=tuple(file_digests(source)),
         unusual=merged(found for look in looks for found in look.unusual[which]),
         unread=tuple(sorted(source.config.extra)),
@@ -157,4 +158,4 @@ def _hold(certificate: Certificate, source: Source, seen: Digested, entries: Seq
     def looked_at(key: str) -> bool:
         return key not in places or key.removesuffix(SCALE_SUFFIX) in chosen
 
-    return hold(certificate, seen.layout, seen.digests, seen.files, looked_at)
+    return hold(certificate, seen.layout, seen.config, seen.digests, seen.files, looked_at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,18 +12,18 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from minimax_jax.dtypes import NAMES
-from minimax_jax.errors import CheckpointError, LayoutError, raise_if
-from minimax_jax.io.folder import appearing
+from minimax_jax.errors import LayoutError, raise_if
+from minimax_jax.io.folder import appearing, workshop_of
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES, ShardLayout, TensorOut, lay_out
 from minimax_jax.io.writer import Writer
 from minimax_jax.jobs.quantize import quantize_leaf
 from minimax_jax.jobs.run import Report
 from minimax_jax.jobs.source import batches
+from minimax_jax.jobs.team import present_team, uninterrupted
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.specs import Entry, specs, total_bytes
 from minimax_jax.layout.table import SCALE_SUFFIX
@@ -73,7 +74,7 @@ def save_model(
     Raises:
         LayoutError: weights, or scales, that are not those of the model's config.
         NumericError: a weight to be quantised holds NaN or infinity.
-        JobError: the destination is taken, the disk too small, a write failed.
+        JobError: the destination is taken, the disk too small, a write failed; another process failed, or was stopped.
 
     Examples:
         >>> mj.synthesize("MiniMax-M2")
@@ -88,18 +89,15 @@ def save_model(
     job = _Job(leaves, model.config, quantization=quantization, scales=scales or {}, shard_bytes=shard_bytes)
     ticker = Ticker(sum(leaf.nbytes for leaf in leaves), progress)
     pieces = (piece for leaf in leaves for piece in leaf.pieces())
-    failure: CheckpointError | None = None
-    if jax.process_index() == 0:
-        try:
-            job.write(pieces, Path(path), ticker)
-        except CheckpointError as error:
-            failure = error
-    for _ in pieces:  # the other processes take part in fetching what is spread over all of them
-        pass
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("saved")
-    if failure is not None:
-        raise failure
+    team = present_team()
+    with team.standing_together(workshop_of(path)):
+        with job.writing(Path(path)) if team.leads else nullcontext() as writer:
+            team.wait()  # the destination is free
+            for piece in pieces:  # the other processes take part in fetching what is spread over all of them
+                if writer is not None:
+                    job.write(piece, writer, ticker)
+                team.wait()
+        team.wait()
     return job.report(Path(path), ticker.seconds)
 
 
@@ -128,7 +126,9 @@ class _Leaf:
         for some, first in batches(self.entry, self.nbytes, _PIECE_BYTES):
             start, count = (first, some.experts) if some.row.grouped else (0, None)
             fetch = functools.partial(_fetch, layer=self.layer, start=start, count=count)
-            yield some, first, jax.tree.map(fetch, self.held)
+            with uninterrupted():
+                fetched = jax.tree.map(fetch, self.held)
+            yield some, first, fetched
 
 
 class _Job:
@@ -154,15 +154,19 @@ class _Job:
         self._tensors = [TensorOut(key=spec.key, dtype=spec.dtype, shape=spec.shape) for spec in outputs]
         self._shards: tuple[ShardLayout, ...] = lay_out(self._tensors, shard_bytes=shard_bytes)
 
-    def write(self, pieces: Iterator[tuple[Entry, int, Leaf]], path: Path, ticker: Ticker) -> None:
-        """Write all pieces."""
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[Writer]:
+        """A writer of all pieces; when the block ends well they are a checkpoint at `path`, else nothing is."""
         with appearing(path) as folder, Writer(folder, self._shards) as writer:
-            for entry, first, leaf in pieces:
-                for key, array in self._encoded(entry, first, leaf).items():
-                    writer.write(key, np.asarray(array))
-                ticker.tick(sum(array.nbytes for array in jax.tree.leaves(leaf)))
+            yield writer
             writer.finish()
             write_json_atomic(folder / "config.json", self._config.to_dict())
+
+    def write(self, piece: tuple[Entry, int, Leaf], writer: Writer, ticker: Ticker) -> None:
+        """Write one piece."""
+        for key, array in self._encoded(*piece).items():
+            writer.write(key, np.asarray(array))
+        ticker.tick(sum(array.nbytes for array in jax.tree.leaves(piece[-1])))
 
     def report(self, path: Path, seconds: float) -> Report:
         """What was done."""

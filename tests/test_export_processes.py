@@ -1,0 +1,64 @@
+"""Two processes that save together: both end well, or both by an error, and nothing looks whole that is not."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minimax_jax as mj
+from minimax_jax import synthetic
+
+SECONDS = 100
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "hf"
+    synthetic.synthesize(folder, synthetic.config(layers=1, experts=4))
+    return folder
+
+
+def two(*arguments):
+    """What each of two processes says last."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    script = Path(__file__).with_name("export_process.py")
+    members = [
+        subprocess.Popen(
+            [sys.executable, script, address, str(index), *map(str, arguments)],
+            env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        told = [member.communicate(timeout=SECONDS) for member in members]
+    finally:
+        for member in members:
+            member.kill()
+    return [out.splitlines()[-1] if out else error for out, error in told]
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax"])
+def test_both_end_well(source, tmp_path, kind):
+    assert two(source, tmp_path / "out", kind, 0, 0) == ["good", "good"]
+    assert mj.verify(source, tmp_path / "out").good
+
+
+@pytest.mark.parametrize(
+    ("kind", "victim", "count", "ends"),
+    [
+        ("hf", 0, 3, ["OSError", "PeerFailed"]),
+        ("hf", 1, 3, ["PeerFailed", "KeyboardInterrupt"]),
+        ("orbax", 0, 1, ["KeyboardInterrupt", "PeerFailed"]),
+    ],
+)
+def test_the_failure_of_one_ends_both(source, tmp_path, kind, victim, count, ends):
+    assert two(source, tmp_path / "out", kind, victim, count) == ends
+    assert list(tmp_path.iterdir()) == []
