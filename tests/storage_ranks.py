@@ -137,16 +137,18 @@ def save_fails_on_every_rank(_sources, folder):
 def save_stopped_in_one_rank_ends_on_all(_sources, folder):
     mesh, experts = next(meshes())
     module = module_of(sharded(native(), mesh, experts))
-    for number, victim in enumerate((0, dist.get_world_size() - 1)):
-        for error in (KeyboardInterrupt, OSError, LayoutError(Problem(what="not so"))):
+    for victim in (0, dist.get_world_size() - 1):
+        for number, error in enumerate((KeyboardInterrupt, OSError, LayoutError(Problem(what="not so")))):
+            name = f"stopped-{victim}-{number}"
             with pytest.MonkeyPatch.context() as patch, pytest.raises(BaseException) as caught:
                 stops_at(patch, 5, error if dist.get_rank() == victim else None)
-                save_hf(module, folder / f"stopped-{number}", config=CONFIG)
+                save_hf(module, folder / name, config=CONFIG)
             same = isinstance(error, LayoutError) or dist.get_rank() == victim
-            assert caught.type is ((error if isinstance(error, type) else type(error)) if same else PeerFailed)
-            assert not (folder / f"stopped-{number}").exists()
+            expected = (error if isinstance(error, type) else type(error)) if same else PeerFailed
+            assert caught.type is expected, (victim, error, caught.value)
+            assert not (folder / name).exists()
             dist.barrier()
-            assert not list(folder.glob(f".stopped-{number}*"))
+            assert not list(folder.glob(f".{name}*"))
 
 
 def stops_at(patch, count, error):
