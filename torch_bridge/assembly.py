@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from minimax_jax.layout.table import SCALE_SUFFIX
+from torch_bridge import memory
 from torch_bridge.experts import Filling, Part, fill
 from torch_bridge.mesh import cut, local_of, whole
 from torch_bridge.plan import Group
@@ -31,7 +32,7 @@ def assemble(group: Group, tensors: MutableMapping[str, Any], dtype: torch.dtype
                 del tensors[key]
         return group.owner
     like = next((local_of(tensors[key]) for keys in local.keys for key in keys), torch.empty(0))
-    out = torch.empty([len(part) for part in group.region], dtype=dtype, device=like.device)
+    out = memory.empty([len(part) for part in group.region], dtype, like.device)
     fill(out, _fillings(group, out, tensors), group.entry.block)
     return out if layout is None else layout.wrap(out, group.entry.shape)
 

@@ -8,12 +8,10 @@ straight to its place in the result, so that besides the result no more than a f
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +24,7 @@ from minimax_jax.ops import host
 from torch_bridge import fp8, memory
 from torch_bridge.arrays import TORCH_NAMES, as_numpy, to_torch
 from torch_bridge.fp8 import Block, Offset
+from torch_bridge.kernels import cpu, kernels_for, scales_from
 
 _WORKERS = min(4, os.cpu_count() or 1)
 """Experts in work at once on CPU: a matrix is transposed while another is dequantised by all cores."""
@@ -107,10 +106,10 @@ def contiguous(view: torch.Tensor) -> torch.Tensor:
     if not fp8.on_cpu(view) or view.is_contiguous():
         return view.clone(memory_format=torch.contiguous_format)
     source = as_numpy(view.T)
-    kernels = _kernels_for(source)
+    kernels = kernels_for(source)
     if kernels is None:
         return to_torch(_row_major(source.T).block_until_ready())
-    copy = torch.empty(view.shape, dtype=view.dtype)
+    copy = memory.empty(view.shape, view.dtype, view.device)
     kernels.transpose((host.units(source),), host.units(as_numpy(copy)))
     return copy
 
@@ -130,7 +129,7 @@ def _fill(filling: Filling, block: Block) -> int:
 def _fill_by_kernels(out: torch.Tensor, parts: tuple[Part, ...], block: Block) -> bool:
     """Fill a place in one pass over memory; False where there are no kernels, or they do not cover it."""
     target, values = as_numpy(out), [as_numpy(part.values) for part in parts]
-    kernels = _kernels_for(values)
+    kernels = kernels_for(values)
     if kernels is None:
         return False
     if parts[0].scale_inv is None:
@@ -138,7 +137,7 @@ def _fill_by_kernels(out: torch.Tensor, parts: tuple[Part, ...], block: Block) -
             return False
         kernels.transpose(tuple(host.units(host.on_host(array)) for array in values), host.units(target))
         return True
-    scales = [grid for part in parts if (grid := _scales_from(part, block)) is not None]
+    scales = [grid for part in parts if (grid := scales_from(part.scale_inv, part.offset, block)) is not None]
     if len(scales) < len(parts) or not all(map(host.ordinary, scales)):
         return False
     codes = tuple(host.bits(host.on_host(array)) for array in values)
@@ -163,19 +162,6 @@ def _band(part: Part, start: int, step: int, block: Block) -> Part:
     return Part(values, part.scale_inv[:, first:last], (row, rest))
 
 
-def _kernels_for(arrays: Any) -> ModuleType | None:
-    with jax.default_device(_cpu()):  # where these arrays are, whatever else JAX has
-        return host.kernels_for(arrays)
-
-
-def _scales_from(part: Part, block: Block) -> np.ndarray[Any, Any] | None:
-    """The scales of a part from its first row and column on; None where these are not the first of a block."""
-    (row, row_in_block), (col, col_in_block) = map(divmod, part.offset, block)
-    if part.scale_inv is None or row_in_block or col_in_block:
-        return None
-    return as_numpy(part.scale_inv.cpu())[row:, col:]
-
-
 def _weights(part: Part, dtype: torch.dtype, block: Block) -> torch.Tensor:
     if part.scale_inv is None:
         return part.values
@@ -193,10 +179,5 @@ def _turned(part: Part, dtype: torch.dtype, block: Block) -> jax.Array:
 
 def _row_major(matrix: np.ndarray[Any, Any]) -> jax.Array:
     """A numpy matrix in row-major order: a copy, perhaps still under way, unless it has that order already."""
-    turned: jax.Array = jax.device_put(matrix, _cpu())
+    turned: jax.Array = jax.device_put(matrix, cpu())
     return turned
-
-
-@functools.cache
-def _cpu() -> jax.Device:
-    return jax.local_devices(backend="cpu")[0]

@@ -20,6 +20,7 @@ from minimax_jax.errors import LayoutError, NumericError, Problem, raise_if
 from minimax_jax.ops import checks
 from minimax_jax.ops import fp8 as kernels
 from torch_bridge.arrays import TORCH_NAMES, to_jax, to_torch
+from torch_bridge.kernels import decoded
 
 FP8 = torch.float8_e4m3fn
 BLOCK = (128, 128)
@@ -59,7 +60,11 @@ def dequantize(
     scale_inv = scale_inv.to(values.device)
     if not on_cpu(values):
         return dequantize_torch(values, scale_inv, dtype, block=block, offset=offset or (0, 0))
-    codes, scales = to_jax(values.contiguous()), to_jax(scale_inv.contiguous())
+    values = values.contiguous()
+    weights = decoded(values, scale_inv, dtype, block, offset or (0, 0))
+    if weights is not None:
+        return weights
+    codes, scales = to_jax(values), to_jax(scale_inv.contiguous())
     return to_torch(kernels.dequantize(codes, scales, DTYPES[TORCH_NAMES[dtype]], block=block, offset=offset))
 
 
