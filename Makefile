@@ -4,11 +4,15 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest lint examples docs bench aot reliability fuzz clean
+.PHONY: demo wheel test test-lowest lint examples docs bench aot reliability fuzz clean
 
 demo: .venv/base
 	rm -rf demo
 	$(BIN)/minimax-jax demo demo
+
+# The wheel, in clean environments: without torch, and with that of .venv.
+wheel: .venv/test
+	.ci/wheel $(CURDIR)/.venv
 
 test: .venv/test
 	$(BIN)/pytest

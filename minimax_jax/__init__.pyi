@@ -13,12 +13,15 @@ from .jobs.front import convert as convert
 from .jobs.front import diff as diff
 from .jobs.front import inspect as inspect
 from .jobs.front import plan as plan
+from .jobs.front import push as push
 from .jobs.front import verify as verify
 from .jobs.read import read_tree as read_tree
 from .layout.config import MiniMaxConfig as MiniMaxConfig
 from .layout.specs import specs as specs
 from .layout.table import NON_QUANTIZED_KEY_PATTERNS as NON_QUANTIZED_KEY_PATTERNS
 from .layout.table import should_quantize_key as should_quantize_key
+from .layouts import from_layout as from_layout
+from .layouts import to_layout as to_layout
 from .lora import from_param_wrapper as from_param_wrapper
 from .lora import group_lora as group_lora
 from .lora import merge_lora as merge_lora

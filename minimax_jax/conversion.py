@@ -74,8 +74,8 @@ def from_hf(
         BlockScaled(float8_e4m3fn[4, 72, 256], scale_inv=float32[4, 1, 2], block=(128, 128))
     """
     raise_if([] if dtype is None else result_problems(dtype), LayoutError)
-    tensors = _stored_tree(hf_tree)
-    checked = survey(_describe(tensors), config, layout="hf", partial=partial)
+    tensors = stored_tree(hf_tree)
+    checked = survey(describe(tensors), config, layout="hf", partial=partial)
     native = {}
     for entry in checked.entries:
         native[entry.native] = load(entry, tensors, dtype)
@@ -125,10 +125,10 @@ def to_hf(
         >>> all(np.asarray(back[name]).tobytes() == hf[name].tobytes() for name in hf)
         True
     """
-    tensors = _stored_tree(native)
-    checked = survey(_describe(tensors), config, layout="native", partial=partial)
+    tensors = stored_tree(native)
+    checked = survey(describe(tensors), config, layout="native", partial=partial)
     scales = scales or {}
-    raise_if([*_block_problems(native, checked), *scale_problems(scales, checked.specs.entries)], LayoutError)
+    raise_if([*block_problems(native, checked), *scale_problems(scales, checked.specs.entries)], LayoutError)
     excluded = None if exclude_key_regex is None else re.compile(exclude_key_regex)
     hf: dict[str, Array] = {}
     problems: list[Problem] = []
@@ -203,8 +203,8 @@ def source_scales(hf_tree: Mapping[str, Array], config: MiniMaxConfig, *, partia
         >>> scales["model.layers.0.mlp.experts.gate_and_up_projs_scale_inv"].shape
         (4, 2, 2)
     """
-    tensors = _stored_tree(hf_tree)
-    checked = survey(_describe(tensors), config, layout="hf", partial=partial)
+    tensors = stored_tree(hf_tree)
+    checked = survey(describe(tensors), config, layout="hf", partial=partial)
     return {
         entry.native + SCALE_SUFFIX: group_scales(entry, tensors)
         for entry in checked.entries
@@ -220,7 +220,7 @@ def _release(used: Any, *, kept: Any) -> None:
             leaf.delete()
 
 
-def _stored_tree(tree: Mapping[str, Leaf]) -> dict[str, Array]:
+def stored_tree(tree: Mapping[str, Leaf]) -> dict[str, Array]:
     """The arrays of a tree by name, each `BlockScaled` taken apart."""
     tensors: dict[str, Array] = {}
     problems = []
@@ -236,20 +236,23 @@ def _stored_tree(tree: Mapping[str, Leaf]) -> dict[str, Array]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _InMemory:
+class InMemory:
+    """What a check needs to know of an array."""
+
     dtype: str
     shape: tuple[int, ...]
     file: None = None
 
 
-def _describe(tensors: Mapping[str, Array]) -> dict[str, _InMemory]:
+def describe(tensors: Mapping[str, Array]) -> dict[str, InMemory]:
+    """What a check needs to know of a tree, by name."""
     return {
-        key: _InMemory(dtype=NAMES.get(array.dtype, str(array.dtype)), shape=tuple(array.shape))
+        key: InMemory(dtype=NAMES.get(array.dtype, str(array.dtype)), shape=tuple(array.shape))
         for key, array in tensors.items()
     }
 
 
-def _block_problems(native: Mapping[str, Leaf], checked: Survey) -> Iterator[Problem]:
+def block_problems(native: Mapping[str, Leaf], checked: Survey) -> Iterator[Problem]:
     """A grid of scales may have the right shape and yet be that of other blocks, or of other parts."""
     for key, leaf in native.items():
         if isinstance(leaf, BlockScaled):

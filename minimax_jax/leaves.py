@@ -6,15 +6,17 @@ Nothing here checks names, shapes or dtypes: `minimax_jax.layout.check` has done
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeAlias, cast
+from typing import TypeAlias, TypedDict, cast
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
 from minimax_jax.errors import NumericError, Problem, raise_if
+from minimax_jax.layout.arrangement import Arrangement, arrange
 from minimax_jax.layout.specs import Entry
 from minimax_jax.layout.table import SCALE_SUFFIX
+from minimax_jax.ops import axes
 from minimax_jax.ops.assemble import Experts, Matrix, assemble, encode, split
 from minimax_jax.ops.checks import Array
 from minimax_jax.ops.fp8 import FP8
@@ -100,6 +102,51 @@ def recast(entry: Entry, leaf: Leaf, dtype: DTypeLike, *, source: Array | None =
     tensors = stored(entry.native, encode(leaf, dtype, block=block, parts=parts, source=source))
     raise_if(poisoned(entry, leaf, tensors), NumericError)
     return tensors
+
+
+def arranged(entry: Entry, tensors: Mapping[str, Array], layout: str, *, rows: int | None = None) -> dict[str, Array]:
+    """Stored native tensors of one leaf as a further layout has them: for a stack of layers, what is this layer's.
+
+    Args:
+        entry: which leaf, or some experts of it.
+        tensors: by native name, scales included.
+        layout: one of `layout.forms.FURTHER`.
+        rows: so many leading rows of a tensor that does not group; None for all.
+
+    Returns:
+        By the layout's names: copies, or views of numpy arrays.
+    """
+    found: dict[str, Array] = {}
+    for key, array in tensors.items():
+        scales = key != entry.native
+        place = arrange(entry, layout, rows=rows, scales=scales)
+        pieces = axes.rearrange(array, **_axes(place), shape=place.shape)
+        found |= {name + SCALE_SUFFIX * scales: piece for name, piece in zip(place.names, pieces, strict=True)}
+    return found
+
+
+def restored(entry: Entry, tensors: Mapping[str, Array], layout: str, *, rows: int | None = None) -> dict[str, Array]:
+    """The inverse of `arranged`: stored native tensors; scales where there are any."""
+    found: dict[str, Array] = {}
+    for scales in (False, True):
+        place = arrange(entry, layout, rows=rows, scales=scales) if not scales or entry.row.scaled else None
+        names = [] if place is None else [name + SCALE_SUFFIX * scales for name in place.names]
+        if place is None or names[0] not in tensors:
+            continue
+        whole = entry.grid if scales else (entry.shape if rows is None else (rows, *entry.shape[1:]))
+        native = axes.restore([tensors[name] for name in names], **_axes(place), shape=whole)
+        found[entry.native + SCALE_SUFFIX * scales] = native
+    return found
+
+
+class _Axes(TypedDict):
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    apart: bool
+
+
+def _axes(place: Arrangement) -> _Axes:
+    return {"split": place.split, "order": place.order, "apart": place.apart}
 
 
 def poisoned(entry: Entry, leaf: Leaf, tensors: Mapping[str, Array]) -> Iterator[Problem]:

@@ -26,6 +26,7 @@ FLOORS = (
     ("leaves",),
     ("merging",),
     ("conversion", "trees", "lora"),
+    ("layouts",),
     ("io",),
     ("synthetic", "jobs"),
     ("models",),
@@ -44,6 +45,7 @@ NARROW = {
 }
 
 WITHOUT_JAX = {"", "errors", "progress", "display", "dtypes", "layout", "io", "trees", "cli", "console"}
+TABLE = ("layout/table.py", "layout/forms.py")
 KEY_TEXT = (
     *("block_sparse_moe", "_scale_inv", "gate_and_up_projs", "down_projs", "input_layernorm", "embed_tokens"),
     *("self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
@@ -144,7 +146,7 @@ def key_text(found: Sources) -> list[str]:
     return [
         f"{path}: {literal!r}"
         for path, text in found.items()
-        if path != "layout/table.py"
+        if path not in TABLE
         for literal in _literals(ast.parse(text))
         if _is_key_text(literal) and not (floor_of(path) == "models" and literal.isidentifier())
     ]

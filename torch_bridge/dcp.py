@@ -40,7 +40,7 @@ from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
 from minimax_jax.io.source import copy_file
 from minimax_jax.jobs.plan import require_workers
 from minimax_jax.jobs.run import Report
-from minimax_jax.jobs.source import Source
+from minimax_jax.jobs.source import Source, require_own_layout
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.progress import Progress, Ticker
 from torch_bridge import ranks
@@ -120,6 +120,7 @@ def write(
         NumericError: a weight to be quantised holds NaN or infinity.
     """
     require_workers(workers)
+    require_own_layout(source)
     units = plan_units(source, dtype, max_memory_bytes=max_memory_bytes, workers=workers)
     ticker = Ticker(sum(unit.read_bytes for unit in units), progress)
     with appearing(destination) as folder:

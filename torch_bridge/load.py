@@ -18,7 +18,7 @@ from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import JobError, LayoutError, Problem, raise_if
 from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.plan import RUNTIME_BYTES, require_workers
-from minimax_jax.jobs.source import Source, open_source
+from minimax_jax.jobs.source import Source, open_source, require_own_layout
 from minimax_jax.layout.table import SCALE_SUFFIX
 from torch_bridge import experts, fp8, memory
 from torch_bridge.arrays import TORCH, to_torch
@@ -94,6 +94,7 @@ def load_into(
     """
     started = time.monotonic()
     source = open_source(path, ignore=ignore, leave_out=leave_out)
+    require_own_layout(source)
     homes = find_homes(model, source.survey.specs.entries, device_mesh=device_mesh, partial=partial)
     raise_if(() if narrow else _narrowed(homes, source), LayoutError)
     require_workers(workers)

@@ -30,13 +30,23 @@ from minimax_jax.jobs.streamed import streamed_targets
 )
 @click.option("--restart", is_flag=True, help="Throw away what an unfinished run left, instead of going on with it.")
 @click.option("--distributed", is_flag=True, help="Share the work with the other processes of jax.distributed.")
-def convert(src: str | Path, dst: Path, out: Output, **bounds: Any) -> None:
+@click.option("--push", "url", metavar="hf://ORG/NAME", help="Upload DST when it is done: see `push`.")
+@options.private
+def convert(src: str | Path, dst: Path, out: Output, url: str | None, private: bool, **bounds: Any) -> None:
     """Convert the checkpoint SRC into the new folder DST, streaming. The same command again goes on after a stop."""
     from minimax_jax.jobs import front, report
     from minimax_jax.jobs.loading import how_to_load
 
+    if url is not None:
+        front.require_pushable(url)
     with out.progress("convert") as listener:
         done = front.convert(src, dst, progress=listener, **bounds)
     lines = how_to_load(bounds["to"], bounds["dtype"], done.destination)
-    out.show(lambda done: report.report_json(done) | {"load": list(lines)}, report.report_view, done)
+    told: dict[str, Any] = {"load": list(lines)}
+    views: list[Any] = []
+    if url is not None:
+        with out.progress("certify") as listener:
+            pushed = front.push(dst, url, private=private, origin=str(src), progress=listener)
+        told["pushed"], views = report.pushed_json(pushed), list(report.pushed_view(pushed))
+    out.show(lambda done: report.report_json(done) | told, lambda done: [*report.report_view(done), *views], done)
     out.hint("it is loaded by", lines)

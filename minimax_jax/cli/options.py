@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 from minimax_jax.errors import CheckpointError
 from minimax_jax.jobs.streamed import streamed_targets
 
-TARGETS, DTYPES = ("native", "hf", "hf-fp8"), ("bf16", "f32", "fp8")
+TARGETS, DTYPES = ("native", "hf", "hf-fp8", "transformers-v5"), ("bf16", "f32", "fp8")
 
 _SIZES = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
 _SIZES |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
@@ -116,6 +116,7 @@ leave_out = click.option(
 )
 sample = click.option("--sample", callback=_sample, metavar="N%|N", help="Look at a part only, always the same.")
 shard_size = click.option("--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True)
+private = click.option("--private", is_flag=True, help="Make a new repository private.")
 workers = click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads.")
 
 

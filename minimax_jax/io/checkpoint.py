@@ -24,9 +24,10 @@ INDEX_NAME = "model.safetensors.index.json"
 _T = TypeVar("_T")
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 _WEIGHTS = _PICKLES | {SUFFIX, ".gguf", ".h5", ".msgpack", ".onnx"}
+CARD_NAME = "README.md"
 _SIDE_FILES = (
     "LICENSE",
-    "README.md",
+    CARD_NAME,
     "added_tokens.json",
     "chat_template.jinja",
     "configuration_minimax_m2.py",

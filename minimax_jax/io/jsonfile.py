@@ -62,7 +62,11 @@ def write_json_atomic(path: Path, obj: Any) -> None:
     Raises:
         JobError: the file cannot be written.
     """
-    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write `text` to `path`; as `write_json_atomic`."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     with io_errors(JobError, "file cannot be written", path):
         try:

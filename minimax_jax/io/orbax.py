@@ -2,6 +2,8 @@
 
     ocp.load(folder)  # any of them, by Orbax alone: {"name": array}
 
+A tree may be nested as well: its arrays are then known by their paths, with dots between the steps, as Orbax has them.
+
 Orbax takes a leaf whole, and the largest one of a published layer is 4.8 GB in bfloat16. So `lay_out` has Orbax write a
 tree of single numbers, then gives each array its size in the same files (zarr, one file for each chunk of rows), and
 `Rows` fills it through TensorStore, which is what Orbax itself writes and reads through. What comes of it is an
@@ -13,10 +15,11 @@ orbax-checkpoint is an extra of this package, and nothing of it is imported befo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -104,12 +107,20 @@ def save(folder: Path, tensors: Mapping[str, Any]) -> None:
         ocp.save(folder.absolute(), dict(tensors))
 
 
-def lay_out(folder: Path, arrays: Iterable[Shaped]) -> None:
+def lay_out(
+    folder: Path,
+    arrays: Iterable[Shaped],
+    *,
+    chunks: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    nest: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> None:
     """Write a checkpoint of arrays that are all there but hold nothing yet: `Rows` fills them.
 
     Args:
         folder: does not exist yet.
         arrays: what to lay out, each with at least one axis.
+        chunks: shape of one chunk, by name; by default some rows of the leading axis, see `chunk_rows`.
+        nest: makes the tree of the flat one.
 
     Raises:
         JobError: the folder exists, or cannot be written; Orbax is not installed.
@@ -123,10 +134,11 @@ def lay_out(folder: Path, arrays: Iterable[Shaped]) -> None:
     saving.use_ocdbt, saving.use_zarr3, saving.use_compression = False, False, False
     points = {key: np.zeros((1,) * len(array.shape), DTYPES[array.dtype]) for key, array in wanted.items()}
     with _Errors(JobError, "Orbax checkpoint cannot be written", folder), context, _without_merge_warning():
-        ocp.save(folder.absolute(), points)
+        ocp.save(folder.absolute(), nest(points))
         item = _item(folder)
         for key, array in wanted.items():
-            _resize(item / key, array.shape, DTYPES[array.dtype].itemsize)
+            rows = chunk_rows(array.shape, DTYPES[array.dtype].itemsize)
+            _resize(item / key, array.shape, chunks.get(key, (rows, *array.shape[1:])))
 
 
 class Rows:
@@ -154,14 +166,18 @@ class Rows:
             self._array = tensorstore.open(self._array.spec().to_json() | exactly, open=True).result()
 
     def write(self, first: int, rows: npt.NDArray[Any]) -> None:
-        """Write `[rows, ...]` from row `first` on. `rows` must not change meanwhile; it is on the disk afterwards.
+        """Write `[rows, ...]` from row `first` on; as `write_region`."""
+        self.write_region((slice(first, first + len(rows)),), rows)
+
+    def write_region(self, region: tuple[slice, ...], box: npt.NDArray[Any]) -> None:
+        """Write a box of the array. `box` must not change meanwhile; it is on the disk afterwards.
 
         Raises:
             JobError: it cannot be written.
         """
         with _Errors(JobError, "array cannot be written", self.folder, self.key):
-            place = self._array[first : first + len(rows)]
-            place.write(rows, can_reference_source_data_indefinitely=True).result()
+            place = self._array[region]
+            place.write(box.reshape(place.shape), can_reference_source_data_indefinitely=True).result()
 
     def read(self, start_row: int | None = None, stop_row: int | None = None) -> npt.NDArray[Any]:
         """Rows `start_row` to `stop_row`, all by default, as a fresh array `[rows, ...]`.
@@ -171,6 +187,16 @@ class Rows:
         """
         with _Errors(FormatError, "array cannot be read", self.folder, self.key):
             found: npt.NDArray[Any] = self._array[start_row:stop_row].read().result()
+        return found
+
+    def read_region(self, region: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """A box of the array, as a fresh array.
+
+        Raises:
+            FormatError: it is missing or damaged.
+        """
+        with _Errors(FormatError, "array cannot be read", self.folder, self.key):
+            found: npt.NDArray[Any] = self._array[region].read().result()
         return found
 
 
@@ -195,10 +221,20 @@ def describe(folder: Path) -> dict[str, Stored]:
     ocp = require()
     with _Errors(FormatError, _NO_SUCH, folder):
         found = ocp.metadata(folder.absolute()).metadata
-    if not isinstance(found, dict) or not all(hasattr(leaf, "shape") for leaf in found.values()):
+    leaves = dict(_paths(found)) if isinstance(found, dict) else {}
+    if not leaves or not all(hasattr(leaf, "shape") for leaf in leaves.values()):
         expected = "one tree of arrays by name, all of them there"
         raise FormatError(Problem(what=_NO_SUCH, file=str(folder), expected=expected))
-    return {key: stored_as(folder, key, leaf) for key, leaf in found.items()}
+    return {key: stored_as(folder, key, leaf) for key, leaf in leaves.items()}
+
+
+def _paths(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts, by the steps to them with dots between."""
+    for step, node in tree.items():
+        if isinstance(node, dict):
+            yield from ((f"{step}.{name}", leaf) for name, leaf in _paths(node))
+        else:
+            yield str(step), node
 
 
 def stored_as(folder: Path, key: str, leaf: Any) -> Stored:
@@ -227,14 +263,13 @@ def restore(folder: Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
     return restored
 
 
-def _resize(array: Path, shape: tuple[int, ...], itemsize: int) -> None:
+def _resize(array: Path, shape: tuple[int, ...], chunk: tuple[int, ...]) -> None:
     """Make an array anew as it is stored, but for its size and chunks."""
     import tensorstore
 
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(array.absolute())}}
     stored = tensorstore.open(spec, open=True).result().spec().to_json()["metadata"]
-    chunks = [chunk_rows(shape, itemsize), *shape[1:]]
-    metadata = {**stored, "shape": list(shape), "chunks": chunks}
+    metadata = {**stored, "shape": list(shape), "chunks": list(chunk)}
     tensorstore.open({**spec, "metadata": metadata}, create=True, delete_existing=True).result()
 
 

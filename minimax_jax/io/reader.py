@@ -125,6 +125,20 @@ class Reader:
         self.read_into(info.file, start, array)
         return array
 
+    def read_region(self, info: TensorInfo, region: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """A box of a tensor, as a fresh array; of files, whole rows of the leading axis are read for it.
+
+        Args:
+            info: a tensor of this checkpoint.
+            region: a range with start and stop for each axis.
+
+        Raises:
+            FormatError: as `read`.
+            LayoutError: as `read`.
+        """
+        rows = self.read(info, region[0].start, region[0].stop)
+        return np.ascontiguousarray(rows[(slice(None), *region[1:])])
+
     def read_many(self, infos: Iterable[TensorInfo], *, empty: Empty = np.empty) -> dict[str, npt.NDArray[Any]]:
         """Tensors by key: as `read`, but those that lie close together take one request, into fresh arrays.
 

@@ -17,11 +17,12 @@ from minimax_jax.jobs import plan as planning
 from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS, Plan, Target
 from minimax_jax.jobs.sample import require_sample
 from minimax_jax.jobs.source import open_source
-from minimax_jax.jobs.streamed import streamed_targets
+from minimax_jax.jobs.streamed import load_target, streamed_targets
 from minimax_jax.progress import Progress
 
 if TYPE_CHECKING:
     from minimax_jax.jobs.diff import Diff, Rank
+    from minimax_jax.jobs.push import Pushed
     from minimax_jax.jobs.run import Check, Report
     from minimax_jax.jobs.verification import Verification
 
@@ -29,6 +30,7 @@ TARGETS = {
     "native": Target(layout="native", dtype="BF16"),
     "hf": Target(layout="hf", dtype="BF16"),
     "hf-fp8": Target(layout="hf", dtype="F8_E4M3"),
+    "transformers-v5": Target(layout="transformers-v5", dtype="BF16"),
 }
 """Targets by the name that users give them."""
 
@@ -83,7 +85,7 @@ def plan(
 
     Args:
         path: the checkpoint to convert.
-        to: `native`, `hf` or `hf-fp8`.
+        to: `native`, `hf`, `hf-fp8`, or `transformers-v5`: the state dict of transformers' module, experts fused.
         dtype: of block-scaled weights in the output: `bf16` (the default but for hf-fp8), `f32`, `fp8`.
         max_memory_bytes: budget over what the process has at the start.
         workers: threads.
@@ -134,8 +136,9 @@ def convert(
     Args:
         path: the checkpoint to convert.
         destination: a folder that does not exist yet, or is empty.
-        to: as in `plan`; or `orbax`, `dcp`: native in the files of Orbax or of torch.distributed.checkpoint. Those
-            begin anew after a stop, and take none of `check`, `restart`, `distributed` and `shard_bytes`.
+        to: as in `plan`; or `orbax`, `dcp`: native in the files of Orbax or of torch.distributed.checkpoint; or
+            `maxtext`, `maxtext-unscanned`: MaxText's params in the files of Orbax. These four begin anew after a stop,
+            and take none of `check`, `restart`, `distributed` and `shard_bytes`.
         dtype: as in `plan`.
         max_memory_bytes: as in `plan`.
         workers: as in `plan`.
@@ -164,7 +167,7 @@ def convert(
     if to in streamed_targets():
         asked = {"check": check not in (None, "none"), "restart": restart, "distributed": distributed}
         raise_if(_unknown_to(to, asked | {"shard_bytes": shard_bytes != DEFAULT_SHARD_BYTES}), JobError)
-        write: Callable[..., Report] = streamed_targets()[to].load()
+        write: Callable[..., Report] = load_target(to)
         source, stored = open_source(path, ignore=ignore, leave_out=leave_out), target("native", dtype).dtype
         budget = {"max_memory_bytes": max_memory_bytes, "workers": workers}
         return write(source, Path(destination), dtype=stored, progress=progress, **budget)
@@ -199,6 +202,41 @@ def _require_apart(path: str | Path, destination: str | Path) -> None:
     if isinstance(source, Path) and source.is_dir() and source.resolve() in Path(destination).resolve().parents:
         what, remedy = "the destination is inside of the source", "choose a folder beside it"
         raise JobError(Problem(what=what, file=str(destination), got=f"within {source}", remedy=remedy))
+
+
+def require_pushable(url: str) -> None:
+    """Check that something can be uploaded to `url` at all; see `jobs.push.require_pushable`."""
+    from minimax_jax.jobs import push as pushing
+
+    pushing.require_pushable(url)
+
+
+def push(
+    path: str | Path,
+    url: str,
+    *,
+    private: bool = False,
+    origin: str | None = None,
+    workers: int = DEFAULT_WORKERS,
+    progress: Callable[[Progress], None] | None = None,
+) -> Pushed:
+    """Upload a finished checkpoint to the hub, with its certificate and a model card; see `jobs.push.push`.
+
+    Args:
+        path: a checkpoint's folder.
+        url: `hf://org/name`; made where it does not exist yet.
+        private: make a new repository private.
+        origin: what the checkpoint was converted from, for its model card.
+        workers: threads.
+        progress: called as the tensors are read.
+
+    Raises:
+        CheckpointError: as `open_source`; JobError where the checkpoint is not what its certificate says, or the upload
+            fails.
+    """
+    from minimax_jax.jobs import push as pushing
+
+    return pushing.push(path, url, private=private, origin=origin, workers=workers, progress=progress)
 
 
 def verify(

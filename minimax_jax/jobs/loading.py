@@ -21,7 +21,18 @@ _DCP = (
     "dcp.load(tensors, {path})",
 )
 
-_LINES = {"native": _OWN, "orbax": _OWN, "hf": _TRANSFORMERS, "hf-fp8": _TRANSFORMERS, "dcp": _DCP}
+_MAXTEXT = (
+    "from orbax.checkpoint import v1 as ocp",
+    "params = ocp.load({path})['params']  # what MaxText calls params",
+    "# MaxText takes the folder with _METADATA in it as load_parameters_path, without OCDBT and Zarr 3",
+)
+
+_LINES = {
+    **dict.fromkeys(("native", "orbax"), _OWN),
+    **dict.fromkeys(("hf", "hf-fp8", "transformers-v5"), _TRANSFORMERS),
+    **dict.fromkeys(("maxtext", "maxtext-unscanned"), _MAXTEXT),
+    "dcp": _DCP,
+}
 
 _TORCH = {"f32": "torch.float32"}
 """dtypes that transformers is asked for, by that of the weights; bfloat16 for all others."""

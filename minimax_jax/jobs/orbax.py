@@ -1,4 +1,4 @@
-"""Native checkpoints in the files of Orbax: streamed from any checkpoint, saved from memory, read back.
+"""Checkpoints in the files of Orbax: streamed from any checkpoint; native trees saved from memory, and read back.
 
     write(open_source("MiniMax-M2"), Path("m2-orbax"), dtype="BF16")  # what `convert --to orbax` does
     read("m2-orbax", shardings=shardings(config, mesh))  # the native tree, each leaf where it belongs
@@ -7,10 +7,13 @@
 The folder is an Orbax checkpoint of one flat tree, with config.json and the files of the tokenizer beside it. Names are
 native; an FP8 weight is its codes under its own name and its block scales, float32, under the name with
 `layout.table.SCALE_SUFFIX` behind it, which `read` joins to a `BlockScaled`.
+
+MaxText's trees are nested, and hold no FP8; the folder of the item inside is what it calls `load_parameters_path`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, nullcontext
@@ -38,10 +41,12 @@ from minimax_jax.jobs.source import Source
 from minimax_jax.jobs.team import present_team
 from minimax_jax.layout.check import Survey, survey
 from minimax_jax.layout.config import CONFIG_NAME, MiniMaxConfig
+from minimax_jax.layout.forms import NESTED, Layout
 from minimax_jax.layout.table import SCALE_SUFFIX
 from minimax_jax.leaves import Leaf, native_blocks, native_leaf, stored
 from minimax_jax.ops.scaled import BlockScaled
 from minimax_jax.progress import Progress, Ticker
+from minimax_jax.trees import nest
 
 
 def write(
@@ -51,9 +56,10 @@ def write(
     dtype: str = "BF16",
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
     workers: int = DEFAULT_WORKERS,
+    layout: Layout = "native",
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
-    """Convert a checkpoint of any layout to native in an Orbax checkpoint, some experts at a time.
+    """Convert a checkpoint of any layout to native (or MaxText's) in an Orbax checkpoint, some experts at a time.
 
     The destination appears whole, by rename, or not at all. Weights that were FP8 are dequantised exactly, or stay FP8
     byte for byte; float weights become FP8 with the source scales beside them where those reproduce them, else with
@@ -65,6 +71,7 @@ def write(
         dtype: stored dtype of block-scaled weights (`F8_E4M3`, `BF16`, `F32`); other tensors keep theirs.
         max_memory_bytes: budget over what the process has at the start; no grouped leaf is ever in memory whole.
         workers: threads.
+        layout: `native`, or a layout of `layout.forms.NESTED`, whose arrays are one nested tree.
         progress: called on the calling thread after each piece of work.
 
     Raises:
@@ -74,11 +81,11 @@ def write(
         NumericError: a weight to be quantised holds NaN or infinity.
     """
     orbax.require()
-    planned = plan(source, dtype, max_memory_bytes=max_memory_bytes, workers=workers)
+    planned = plan(source, dtype, max_memory_bytes=max_memory_bytes, workers=workers, layout=layout)
     ticker = Ticker(planned.read_bytes, progress)
     with appearing(destination) as folder:
         folder.rmdir()  # Orbax makes it
-        orbax.lay_out(folder, planned.specs)
+        orbax.lay_out(folder, planned.specs, chunks=planned.chunks, nest=nest if layout in NESTED else dict)
         kept, fresh = _work(planned, folder, ticker)
         for file in side_files(source.path):
             copy_file(file, folder / file.name)
@@ -93,6 +100,13 @@ def write(
         fresh_scales=tuple(sorted(fresh)),
         left_out=source.left_out,
     )
+
+
+write_maxtext = functools.partial(write, layout="maxtext")
+"""As `write`, to what MaxText loads: its params with scanned layers."""
+
+write_maxtext_unscanned = functools.partial(write, layout="maxtext-unscanned")
+"""As `write_maxtext`, with arrays for each layer."""
 
 
 def save(native: Mapping[str, Leaf], config: MiniMaxConfig, folder: str | Path) -> None:
@@ -157,6 +171,11 @@ def read(
     folder = Path(path)
     source = open_orbax(folder, ignore=ignore, leave_out=leave_out)
     warn_of(source.left_out)
+    if source.survey.layout != "native":
+        what, remedy = "not a native tree", "read it by Orbax, or convert it to native first"
+        raise LayoutError(
+            Problem(what=what, file=str(path), expected="native", got=source.survey.layout, remedy=remedy)
+        )
     arrays, checked = source.checkpoint.tensors, source.survey
     placed = _placed(shardings, checked)
     raise_if(_sharding_problems(placed, arrays), LayoutError)

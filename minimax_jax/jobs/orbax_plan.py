@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import JobError, Problem, raise_if
 from minimax_jax.io.orbax import chunk_rows
 from minimax_jax.jobs.plan import RUNTIME_BYTES, require_workers
-from minimax_jax.jobs.source import Source, batches
+from minimax_jax.jobs.source import Source, batches, layout_specs
 from minimax_jax.jobs.units import COPIES_OF_INPUT, COPIES_OF_OUTPUT
+from minimax_jax.layout.arrangement import Arrangement, arrange
 from minimax_jax.layout.config import MiniMaxConfig
+from minimax_jax.layout.forms import FORMS, HOLDING_FP8, Layout
 from minimax_jax.layout.specs import Entry, TensorSpec, total_bytes
 
 SCALED_DTYPES = ("BF16", "F32", "F8_E4M3")
@@ -19,6 +22,9 @@ SCALED_DTYPES = ("BF16", "F32", "F8_E4M3")
 
 _UNIT_BYTES = 64 * 2**20
 """Most memory of one unit where it can be split: larger units are no faster and only hold more memory."""
+
+_ROW_COPIES = 3
+"""Of rows that are copied: what was read, the same in the order of another layout, and the chunk that is written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,17 +52,21 @@ class OrbaxPlan:
 
     Attributes:
         source: what is read.
+        layout: whose names and axes the arrays have.
         dtype: stored dtype of block-scaled weights.
         config: the config that is written.
         specs: the arrays that are written.
-        units: the work, in order; units do not depend on each other.
+        chunks: shape of one chunk of arrays that are not stored by rows of their leading axis, by name.
+        units: the work, in order; units do not depend on each other, and no two write to one chunk of these.
         workers: how many units run at a time.
     """
 
     source: Source
+    layout: Layout
     dtype: str
     config: MiniMaxConfig
     specs: tuple[TensorSpec, ...]
+    chunks: Mapping[str, tuple[int, ...]]
     units: tuple[OrbaxUnit, ...]
     workers: int
 
@@ -76,24 +86,31 @@ class OrbaxPlan:
         return RUNTIME_BYTES + self.workers * max(unit.memory_bytes for unit in self.units)
 
 
-def plan(source: Source, dtype: str, *, max_memory_bytes: int, workers: int) -> OrbaxPlan:
+def plan(source: Source, dtype: str, *, max_memory_bytes: int, workers: int, layout: Layout = "native") -> OrbaxPlan:
     """Plan a conversion: a pure function of the source's headers. Arguments as in `minimax_jax.jobs.orbax.write`.
 
     Raises:
-        JobError: no such dtype, no workers, or a budget that is too small for the largest unit; says what is needed.
+        JobError: no such dtype (or none in the layout), no workers, or a budget that is too small for the largest unit;
+            says what is needed.
     """
     require_workers(workers)
+    if dtype == "F8_E4M3" and layout not in HOLDING_FP8:
+        what = f"{layout} has no place for FP8 weights"
+        raise JobError(Problem(what=what, expected="bf16 or f32", got="fp8", remedy="--dtype bf16"))
     if dtype not in SCALED_DTYPES:
         expected = ", ".join(SCALED_DTYPES)
         raise JobError(Problem(what="no such dtype of block-scaled weights", expected=expected, got=dtype))
     entries = tuple(source.survey.entries)
     most = max(1, min(_UNIT_BYTES, (max_memory_bytes - RUNTIME_BYTES) // workers))
+    specs, chunks = _arrays(entries, source, layout, dtype)
     made = OrbaxPlan(
         source=source,
+        layout=layout,
         dtype=dtype,
         config=source.config.replace(weight_block_size=source.config.block if dtype == "F8_E4M3" else None),
-        specs=tuple(spec for entry in entries for spec in _written(entry, source, dtype)),
-        units=tuple(unit for entry in entries for unit in _units(entry, source, dtype, most)),
+        specs=specs,
+        chunks=chunks,
+        units=tuple(unit for entry in entries for unit in _units(entry, source, layout, dtype, most)),
         workers=workers,
     )
     raise_if(_over_budget(made, max_memory_bytes), JobError)
@@ -109,32 +126,66 @@ def _over_budget(made: OrbaxPlan, max_memory_bytes: int) -> Iterator[Problem]:
         yield Problem(what=what, key=largest.entry.native, expected=expected, got=got, remedy=remedy)
 
 
-def _written(entry: Entry, source: Source, dtype: str) -> Iterator[TensorSpec]:
-    return entry.native_specs(dtype if entry.row.scaled else source.survey.dtypes[entry.native])
+def _stored(entry: Entry, source: Source, dtype: str) -> str:
+    return dtype if entry.row.scaled else source.survey.dtypes[entry.native]
 
 
-def _units(entry: Entry, source: Source, dtype: str, most_bytes: int) -> Iterator[OrbaxUnit]:
+def _arrays(
+    entries: Iterable[Entry], source: Source, layout: Layout, dtype: str
+) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, ...]]]:
+    """The arrays to write, a stack of layers once, and the chunks of those of further layouts."""
+    specs: dict[str, TensorSpec] = {}
+    chunks: dict[str, tuple[int, ...]] = {}
+    for entry in entries:
+        for spec in layout_specs(entry, layout, _stored(entry, source, dtype)):
+            specs[spec.key] = spec
+        if layout not in FORMS:
+            continue
+        place, stored = arrange(entry, layout), _stored(entry, source, dtype)
+        for name in place.names:
+            specs[name] = TensorSpec(name, place.whole_shape, stored)
+            chunks[name] = _chunk(place, DTYPES[stored].itemsize)
+    return tuple(specs.values()), chunks
+
+
+def _chunk(place: Arrangement, itemsize: int) -> tuple[int, ...]:
+    """One layer of a stack, and of that some leading rows of the native tensor (experts, where it groups)."""
+    chunk = list(place.whole_shape)
+    if place.layer_axis is not None:
+        chunk[place.layer_axis] = 1
+    if place.row_axis is not None:
+        rows = chunk[place.row_axis]
+        chunk[place.row_axis] = chunk_rows((rows, math.prod(chunk) // rows), itemsize)
+    return tuple(chunk)
+
+
+def _units(entry: Entry, source: Source, layout: Layout, dtype: str, most_bytes: int) -> Iterator[OrbaxUnit]:
     if not entry.row.scaled:
-        yield from _rows(entry, source)
+        yield from _rows(entry, source, layout)
         return
-    for some, first in batches(entry, _memory(entry, source, dtype), most_bytes):
+    for some, first in batches(entry, _memory(entry, source, layout, dtype), most_bytes):
         stop = first + some.experts if entry.row.grouped else entry.shape[0]
-        read, memory = total_bytes(source.specs(some)), _memory(some, source, dtype)
+        read, memory = total_bytes(source.specs(some)), _memory(some, source, layout, dtype)
         yield OrbaxUnit(entry=some, first=first, stop=stop, read_bytes=read, memory_bytes=memory)
 
 
-def _rows(entry: Entry, source: Source) -> Iterator[OrbaxUnit]:
-    """Units of whole chunks, for a tensor that is copied as it is."""
+def _rows(entry: Entry, source: Source, layout: Layout) -> Iterator[OrbaxUnit]:
+    """Units of whole chunks, for a tensor whose numbers are copied as they are."""
     (spec,) = source.specs(entry)
-    rows = spec.shape[0]
-    step = chunk_rows(spec.shape, DTYPES[spec.dtype].itemsize)
+    rows, itemsize = entry.shape[0], DTYPES[spec.dtype].itemsize
+    step = chunk_rows(entry.shape, itemsize)
+    if layout in FORMS:
+        place = arrange(entry, layout)
+        step = rows if place.row_axis is None else _chunk(place, itemsize)[place.row_axis]
     for first in range(0, rows, step):
         stop = min(first + step, rows)
         read = spec.nbytes // rows * (stop - first)
-        memory = COPIES_OF_INPUT * read  # what was read, and the chunk that is written
+        memory = _ROW_COPIES * read
         yield OrbaxUnit(entry=entry, first=first, stop=stop, read_bytes=read, memory_bytes=memory)
 
 
-def _memory(entry: Entry, source: Source, dtype: str) -> int:
-    read, written = total_bytes(source.specs(entry)), total_bytes(_written(entry, source, dtype))
-    return COPIES_OF_INPUT * read + COPIES_OF_OUTPUT * written
+def _memory(entry: Entry, source: Source, layout: Layout, dtype: str) -> int:
+    read = total_bytes(source.specs(entry))
+    written = total_bytes(layout_specs(entry, layout, _stored(entry, source, dtype)))
+    turned = sum(each in FORMS for each in (source.survey.layout, layout))  # by one more copy each
+    return COPIES_OF_INPUT * read + (COPIES_OF_OUTPUT + turned) * written

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from minimax_jax.errors import FormatError, Problem
 from minimax_jax.io import orbax
@@ -23,7 +26,9 @@ from minimax_jax.layout.specs import TensorSpec
 
 
 def open_orbax(path: str | Path, *, ignore: Collection[str] = (), leave_out: Collection[str] = ()) -> Source:
-    """Open an Orbax checkpoint of a native tree and check all of it but the values; `open_source` calls this.
+    """Open an Orbax checkpoint and check all of it but the values; `open_source` calls this.
+
+    Its tree is native and flat, or MaxText's.
 
     Args:
         path: the folder, with config.json in it.
@@ -35,7 +40,7 @@ def open_orbax(path: str | Path, *, ignore: Collection[str] = (), leave_out: Col
 
     Raises:
         ConfigError: config.json is missing, malformed or describes something unsupported.
-        FormatError: not an Orbax checkpoint of one flat tree, or an incomplete one.
+        FormatError: not an Orbax checkpoint of one tree, or an incomplete one.
         LayoutError: the arrays are not those that the config asks for.
         JobError: Orbax is not installed.
     """
@@ -46,7 +51,7 @@ def open_orbax(path: str | Path, *, ignore: Collection[str] = (), leave_out: Col
     states: dict[Location, FileState] = {folder: _state(folder)}
     checkpoint = Checkpoint(path=folder, tensors=tensors, metadata={}, files=(), index_file=None, states=states)
     checkpoint, left_out = set_aside(checkpoint, config, leave_out)
-    checked = survey(checkpoint.tensors, config, layout="native")
+    checked = survey(checkpoint.tensors, config)
     return Source(
         path=folder,
         checkpoint=checkpoint,
@@ -64,6 +69,11 @@ class OrbaxReader(Reader):
     def _open(self, file: Location) -> OpenFile:
         info = self.checkpoint.tensors[file.name]
         return _Array(Rows(Path(str(self.checkpoint.path)), info.key), info)
+
+    def read_region(self, info: TensorInfo, region: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """A box of an array, as a fresh array; only the chunks that hold it are read."""
+        with self._handles.use(info.file) as opened:
+            return opened.read_region(region) if isinstance(opened, _Array) else super().read_region(info, region)
 
     def require_unchanged(self) -> None:
         """Check that no file of the checkpoint was written to, replaced or lost meanwhile; raises a FormatError."""
@@ -91,6 +101,10 @@ class _Array:
             self._last = (low, high, held) if stop - first == 1 else self._last
         offset = start - low * self._row_bytes
         buffer[:] = held[offset : offset + buffer.nbytes]
+
+    def read_region(self, region: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """A box of it."""
+        return self._rows.read_region(region)
 
     def require_unchanged(self) -> None:
         """Its reader looks after the files of all arrays at once."""

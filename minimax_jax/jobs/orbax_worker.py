@@ -16,9 +16,11 @@ from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.heap import give_back
 from minimax_jax.jobs.orbax_plan import OrbaxPlan, OrbaxUnit
 from minimax_jax.jobs.quantize import quantize_leaf
-from minimax_jax.jobs.read import read_leaf, rows_of
+from minimax_jax.jobs.read import read_leaf, read_rows, rows_of
+from minimax_jax.layout.arrangement import arrange
+from minimax_jax.layout.forms import FORMS
 from minimax_jax.layout.table import SCALE_SUFFIX
-from minimax_jax.leaves import recast
+from minimax_jax.leaves import arranged, recast
 from minimax_jax.ops.checks import Array
 from minimax_jax.ops.scaled import BlockScaled
 
@@ -48,16 +50,26 @@ class OrbaxWorker:
     def do(self, unit: OrbaxUnit) -> Mapping[str, bool]:
         """Do one unit; for weights that it quantised, by Hugging Face name, whether they kept their source scales."""
         tensors, kept = self._converted(unit) if unit.entry.row.scaled else (self._copied(unit), {})
-        for key, tensor in tensors.items():
-            self.arrays[key].write(unit.first, np.asarray(tensor))
+        self._write(unit, tensors)
         del tensors
         give_back(unit.memory_bytes)
         return kept
 
+    def _write(self, unit: OrbaxUnit, native: Mapping[str, Array]) -> None:
+        """Write stored native tensors, as the layout has them."""
+        if self.plan.layout not in FORMS:
+            for key, tensor in native.items():
+                self.arrays[key].write(unit.first, np.asarray(tensor))
+            return
+        rows = None if unit.entry.row.grouped else unit.stop - unit.first
+        region = arrange(unit.entry, self.plan.layout, rows=rows).region(unit.first)
+        held = {key: np.asarray(tensor) for key, tensor in native.items()}
+        for name, box in arranged(unit.entry, held, self.plan.layout, rows=rows).items():
+            self.arrays[name].write_region(region, np.ascontiguousarray(box))
+
     def _copied(self, unit: OrbaxUnit) -> Mapping[str, Array]:
-        source, native = self.plan.source, unit.entry.native
-        (spec,) = source.specs(unit.entry)
-        return {native: self.reader.read(source.checkpoint.tensors[spec.key], unit.first, unit.stop)}
+        rows = read_rows(self.plan.source, self.reader, unit.entry, unit.first, unit.stop)
+        return {unit.entry.native: rows}
 
     def _converted(self, unit: OrbaxUnit) -> tuple[Mapping[str, Array], Mapping[str, bool]]:
         entry, fp8, dtype = unit.entry, self.plan.dtype == "F8_E4M3", DTYPES[self.plan.dtype]

@@ -11,10 +11,11 @@ from minimax_jax.display import Displayed
 from minimax_jax.errors import JobError, Problem, raise_if
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES, ShardLayout, TensorOut, lay_out
-from minimax_jax.jobs.source import SIDECAR_STEM, Source, batches, layout_specs, sidecar_metadata
+from minimax_jax.jobs.source import SIDECAR_STEM, Source, batches, layout_specs, same_form, sidecar_metadata
 from minimax_jax.jobs.units import COPIES_OF_INPUT, COPIES_OF_OUTPUT, Convert, Copy, GroupScales, Output, Unit
 from minimax_jax.layout.check import Layout
 from minimax_jax.layout.config import MiniMaxConfig
+from minimax_jax.layout.forms import FORMS
 from minimax_jax.layout.specs import Entry, TensorSpec, total_bytes
 from minimax_jax.layout.table import SCALE_SUFFIX
 
@@ -96,7 +97,9 @@ class Plan(Displayed):
                 return (_rows_out(unit.entry.native + SCALE_SUFFIX, unit.read_bytes, unit),)
             case Convert():
                 specs = _written(unit.entry, self.source, self.target)
-                if self.target.layout == "native":
+                if unit.rows is not None:
+                    return tuple(_part_out(spec, unit.first, unit.rows) for spec in specs)
+                if self.target.layout != "hf":
                     return tuple(_rows_out(spec.key, spec.nbytes, unit) for spec in specs)
                 return tuple(Output(key=spec.key, offset_bytes=0, nbytes=spec.nbytes) for spec in specs)
 
@@ -170,6 +173,12 @@ def _rows_out(key: str, nbytes: int, unit: Convert | GroupScales) -> Output:
     return Output(key=key, offset_bytes=unit.first * nbytes // unit.entry.experts, nbytes=nbytes)
 
 
+def _part_out(spec: TensorSpec, first: int, rows: int) -> Output:
+    """Rows of a tensor."""
+    row_bytes = spec.nbytes // spec.shape[0]
+    return Output(key=spec.key, offset_bytes=first * row_bytes, nbytes=rows * row_bytes)
+
+
 def _loses_scales(entry: Entry, source: Source, target: Target) -> bool:
     """Whether the target has no place for block scales that the source (or its sidecar) has."""
     has = source.survey.dtypes[entry.native] == "F8_E4M3" or entry.native + SCALE_SUFFIX in source.sidecar
@@ -185,13 +194,26 @@ def _sidecar(entries: list[Entry], source: Source) -> tuple[ShardLayout, ...]:
 
 
 def _units(entry: Entry, source: Source, target: Target, most_bytes: int) -> Iterator[Unit]:
-    same_names = not entry.row.grouped or source.survey.layout == target.layout
-    if same_names and source.survey.dtypes[entry.native] == _stored_dtype(entry, source, target):
+    alike = same_form(entry, source.survey.layout, target.layout)
+    if alike and source.survey.dtypes[entry.native] == _stored_dtype(entry, source, target):
         yield from _copies(entry, source, target, most_bytes)
+        return
+    if not entry.row.scaled:
+        yield from _row_units(entry, source, target, most_bytes)
         return
     for some, first in batches(entry, _memory(entry, source, target), most_bytes):
         read = total_bytes(source.specs(some))
         yield Convert(entry=some, first=first, read_bytes=read, memory_bytes=_memory(some, source, target))
+
+
+def _row_units(entry: Entry, source: Source, target: Target, most_bytes: int) -> Iterator[Convert]:
+    """Some rows at a time of a tensor that one of the layouts has in another order."""
+    count, read, memory = entry.shape[0], total_bytes(source.specs(entry)), _memory(entry, source, target)
+    step = max(1, most_bytes * count // memory)
+    for first in range(0, count, step):
+        rows = min(step, count - first)
+        share = {"read_bytes": read * rows // count, "memory_bytes": memory * rows // count}
+        yield Convert(entry=entry, first=first, rows=rows, **share)
 
 
 def _scale_units(entry: Entry, source: Source, most_bytes: int) -> Iterator[Unit]:
@@ -217,7 +239,8 @@ def _pieces(info: TensorInfo, key: str, most_bytes: int) -> Iterator[Copy]:
 
 def _memory(entry: Entry, source: Source, target: Target) -> int:
     read, written = total_bytes(source.specs(entry)), total_bytes(_written(entry, source, target))
-    return COPIES_OF_INPUT * read + COPIES_OF_OUTPUT * written
+    turned = sum(layout in FORMS for layout in (source.survey.layout, target.layout))  # by one more copy each
+    return COPIES_OF_INPUT * read + (COPIES_OF_OUTPUT + turned) * written
 
 
 def _out(spec: TensorSpec) -> TensorOut:

@@ -20,6 +20,7 @@ from minimax_jax.jobs.plan import Plan
 if TYPE_CHECKING:
     from minimax_jax.jobs.certified import Held
     from minimax_jax.jobs.probe import Probe
+    from minimax_jax.jobs.push import Pushed
     from minimax_jax.jobs.run import Report
     from minimax_jax.jobs.verification import Digested, LayerSummary, Verification
 
@@ -256,6 +257,17 @@ def _held_view(held: Held) -> Iterator[Any]:
             told = (each.name, each.what, each.expected or "", each.got or "")
             table.add_row(*(Text(shown(text)) for text in told))  # names come from a file: no markup, nothing hidden
         yield table
+
+
+def pushed_json(done: Pushed) -> dict[str, Any]:
+    """What was uploaded, as plain values."""
+    return {"path": str(done.folder), "commit": done.commit, "sha256": done.sha256, "card_written": done.card}
+
+
+def pushed_view(done: Pushed) -> Iterator[Any]:
+    """What was uploaded, to look at."""
+    yield f"uploaded {done.folder}, sha256 {done.sha256}"
+    yield Text(done.commit)
 
 
 def certificate_view(seen: Verification) -> Iterator[Any]:

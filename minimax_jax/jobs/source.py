@@ -18,8 +18,10 @@ from minimax_jax.io.location import Location, locate
 from minimax_jax.io.orbax import is_orbax
 from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.left_out import LeftOut, set_aside
+from minimax_jax.layout.arrangement import arrange
 from minimax_jax.layout.check import Survey, survey
 from minimax_jax.layout.config import CONFIG_NAME, MOST_CONFIG_BYTES, MiniMaxConfig
+from minimax_jax.layout.forms import FORMS
 from minimax_jax.layout.specs import Entry, TensorSpec
 from minimax_jax.layout.table import SCALE_SUFFIX
 
@@ -77,8 +79,41 @@ def by_ranges(source: Source) -> Source:
 
 
 def layout_specs(entry: Entry, layout: str, dtype: str) -> Iterator[TensorSpec]:
-    """The stored tensors of an entry in a layout, its weights stored as `dtype`."""
-    return entry.hf_specs(dtype) if layout == "hf" else entry.native_specs(dtype)
+    """The stored tensors of an entry in a layout, its weights stored as `dtype`; of a stack of layers, its own."""
+    if layout == "hf":
+        return entry.hf_specs(dtype)
+    return entry.native_specs(dtype) if layout == "native" else _further_specs(entry, layout, dtype)
+
+
+def _further_specs(entry: Entry, layout: str, dtype: str) -> Iterator[TensorSpec]:
+    place = arrange(entry, layout)
+    for name in place.names:
+        yield TensorSpec(name, place.shape, dtype)
+    if dtype == "F8_E4M3":
+        grid = arrange(entry, layout, scales=True)
+        yield from (TensorSpec(name + SCALE_SUFFIX, grid.shape, "F32") for name in grid.names)
+
+
+def require_own_layout(source: Source) -> None:
+    """Check that a checkpoint is in one of the table's own layouts, for what reads parts of it by itself.
+
+    Raises:
+        LayoutError: it is in a further one.
+    """
+    layout = source.survey.layout
+    if layout in FORMS:
+        what, remedy = "cannot be loaded from this layout", "convert it to native first"
+        raise LayoutError(Problem(what=what, file=str(source.path), expected="hf or native", got=layout, remedy=remedy))
+
+
+def same_form(entry: Entry, one: str, other: str) -> bool:
+    """Whether two layouts store an entry alike, but for its name."""
+    return one == other or (_is_plain(entry, one) and _is_plain(entry, other))
+
+
+def _is_plain(entry: Entry, layout: str) -> bool:
+    """Whether a layout stores an entry as one tensor, as it is published."""
+    return not entry.row.grouped and (layout not in FORMS or FORMS[layout][entry.row].axes == entry.row.axes)
 
 
 def batches(entry: Entry, memory_bytes: int, most_bytes: int) -> Iterator[tuple[Entry, int]]:

@@ -38,15 +38,17 @@ class Convert:
 
     Attributes:
         entry: the entry, narrowed to the experts of this unit.
-        first: the first of them.
+        first: the first of them, or of `rows`.
         read_bytes: bytes of all the tensors that are read.
         memory_bytes: peak memory of the unit.
+        rows: of an entry that is neither grouped nor block-scaled, so many leading rows; else None.
     """
 
     entry: Entry
     first: int
     read_bytes: int
     memory_bytes: int
+    rows: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.compare import Array, Weight
-from minimax_jax.jobs.read import read_leaf
+from minimax_jax.jobs.read import read_leaf, read_rows
 from minimax_jax.jobs.source import Source
 from minimax_jax.layout.specs import Entry
 from minimax_jax.layout.table import SCALE_SUFFIX
@@ -38,5 +38,4 @@ class View:
 
     def rows(self, entry: Entry, start: int, stop: int) -> Array:
         """Rows of the one tensor of an entry that is not block-scaled."""
-        (spec,) = self.source.specs(entry)
-        return self.reader.read(self.source.checkpoint.tensors[spec.key], start, stop)
+        return read_rows(self.source, self.reader, entry, start, stop)

@@ -18,10 +18,11 @@ from minimax_jax.io.writer import Writer
 from minimax_jax.jobs.heap import give_back
 from minimax_jax.jobs.plan import Plan
 from minimax_jax.jobs.quantize import quantize_leaf
-from minimax_jax.jobs.read import read_leaf, rows_of
+from minimax_jax.jobs.read import read_leaf, read_rows, rows_of
 from minimax_jax.jobs.units import Convert, Copy, GroupScales, Unit
+from minimax_jax.layout.forms import FORMS
 from minimax_jax.layout.table import SCALE_SUFFIX
-from minimax_jax.leaves import emit, group_scales, recast
+from minimax_jax.leaves import arranged, emit, group_scales, recast
 from minimax_jax.ops.host import backend
 from minimax_jax.ops.scaled import BlockScaled
 from minimax_jax.ops.workspace import Workspace, empty
@@ -118,6 +119,9 @@ class Worker:
 
     def _convert(self, unit: Convert, kept: list[str], fresh: list[str]) -> Iterator[HostArray]:
         entry, target = unit.entry, self.plan.target
+        if unit.rows is not None:
+            yield read_rows(self.plan.source, self.reader, entry, unit.first, unit.first + unit.rows)
+            return
         keep = target.layout == "hf" or target.dtype == "F8_E4M3"
         dtype = DTYPES[target.dtype]
         leaf = read_leaf(self.plan.source, self.reader, entry, unit.first, None if keep else dtype)
@@ -126,7 +130,9 @@ class Worker:
             for key, held in same.items():
                 (kept if held else fresh).append(key)
         out = (emit if target.layout == "hf" else recast)(entry, leaf, dtype)
-        yield from (np.asarray(out[written.key]) for written in self.plan.outputs(unit))
+        if target.layout in FORMS:
+            out = arranged(entry, {key: np.asarray(tensor) for key, tensor in out.items()}, target.layout)
+        yield from (np.ascontiguousarray(np.asarray(out[written.key])) for written in self.plan.outputs(unit))
 
     def _source_scales(self, unit: Convert) -> HostArray | None:
         info = self.plan.source.sidecar.get(unit.entry.native + SCALE_SUFFIX)

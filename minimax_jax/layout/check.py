@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from minimax_jax.dtypes import FLOATS
 from minimax_jax.errors import LayoutError, Problem
+from minimax_jax.layout.arrangement import arrange
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.diagnosis import Stored, explain, problem_of
+from minimax_jax.layout.forms import FURTHER, HOLDING_FP8
+from minimax_jax.layout.forms import Layout as Layout
 from minimax_jax.layout.specs import Entry, Specs, specs
 from minimax_jax.layout.table import PREFIX, SCALE_SUFFIX
-
-Layout = Literal["hf", "native"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ def survey(
     """
     table = table_of(tensors, config)
     layout = _settle(tensors, table, layout)
-    checks = [EntryCheck(entry, layout, tensors) for entry in table.entries]
+    each = [EntryCheck(entry, layout, tensors) for entry in table.entries]
+    checks = list({check.weights[0]: check for check in reversed(each)}.values())[::-1]  # one for each stack of layers
     known = {name for check in checks for name in check.names}
     unexpected = [key for key in tensors if key not in known]
     wanted = [check for check in checks if check.present or not partial]
@@ -62,39 +63,43 @@ def survey(
         raise LayoutError(
             explain(tensors, table, layout=layout, problems=problems, unexpected=unexpected, partial=partial)
         )
-    return Survey(layout=layout, specs=table, dtypes={check.entry.native: check.dtype for check in wanted})
+    dtypes = {check.entry.native: check.dtype for check in each if check.present or not partial}
+    return Survey(layout=layout, specs=table, dtypes=dtypes)
 
 
 def table_of(keys: Collection[str], config: MiniMaxConfig) -> Specs:
-    """The specs of a checkpoint with these names: some exports leave out the prefix of the published ones."""
-    bare = bool(keys) and not any(key.startswith(PREFIX) for key in keys)
-    return specs(config, "" if bare else PREFIX)
+    """The specs of a checkpoint with these names: some exports leave out the prefix of the published ones.
+
+    MaxText's names never have it.
+    """
+    whole = specs(config)
+    bare = bool(keys) and not any(key.startswith(PREFIX) for key in keys) and detect(keys, whole) is None
+    return specs(config, "") if bare else whole
 
 
 def detect(keys: Collection[str], table: Specs) -> Layout | None:
-    """Whose names these are; None when all of them are names that both layouts share."""
-    if _first(_native_names(table), keys) is not None:
-        return "native"
-    return "hf" if _first(_hf_names(table), keys) is not None else None
+    """Whose names these are; None when all of them are names that several layouts share."""
+    return next((layout for layout, names in _own_names(table) if _first(names, keys) is not None), None)
 
 
 def _settle(tensors: Mapping[str, Stored], table: Specs, layout: Layout | None) -> Layout:
     found = detect(tensors, table)
     if layout is None or found is None or found == layout:
         return layout or found or "hf"
-    key = _first(_native_names(table) if found == "native" else _hf_names(table), tensors)
+    key = _first(dict(_own_names(table))[found], tensors)
     what = "the tensors have the names of the other layout"
     raise LayoutError(Problem(what=what, key=key, expected=layout, got=found))
 
 
-def _native_names(table: Specs) -> Iterator[str]:
-    """Names of weights that the native layout alone has."""
-    return (name for name in table.by_native if name not in table.places)
-
-
-def _hf_names(table: Specs) -> Iterator[str]:
-    """Names of weights that the Hugging Face layout alone has."""
-    return (key for entry in table.entries for keys in entry.keys for key in keys if key != entry.native)
+def _own_names(table: Specs) -> Iterator[tuple[Layout, Iterable[str]]]:
+    """Names of weights that one layout alone has."""
+    further = {layout: {n for entry in table.entries for n in arrange(entry, layout).names} for layout in FURTHER}
+    shared = set().union(*further.values())
+    yield "native", (name for name in table.by_native if name not in table.places and name not in shared)
+    yield "hf", (key for entry in table.entries for keys in entry.keys for key in keys if key != entry.native)
+    for layout, names in further.items():
+        others = set().union(*(further[other] for other in FURTHER if other != layout))
+        yield layout, sorted(names - others - table.by_native.keys())
 
 
 def _first(names: Iterable[str], keys: Collection[str]) -> str | None:
@@ -113,8 +118,8 @@ class EntryCheck:
     def __init__(self, entry: Entry, layout: Layout, tensors: Mapping[str, Stored]):
         self.entry = entry
         self.tensors = tensors
-        self.native = layout == "native"
-        self.weights = [entry.native] if self.native else [key for keys in entry.keys for key in keys]
+        self.layout = layout
+        self.weights = _weights(entry, layout)
         self.names = [*self.weights, *(key + SCALE_SUFFIX for key in self.weights if entry.row.scaled)]
         self.present = [key for key in self.names if key in tensors]
         self.dtype = next((tensors[key].dtype for key in self.weights if key in tensors), "")
@@ -145,8 +150,8 @@ class EntryCheck:
             yield problem_of(what, key, self.tensors[key], expected=f"{self.dtype} throughout", got=got)
 
     def _weight(self, key: str, stored: Stored) -> Iterator[Problem]:
-        allowed = ("F8_E4M3", *FLOATS) if self.entry.row.scaled else FLOATS
-        shape = self.entry.shape if self.native else self.entry.part_shape
+        allowed = ("F8_E4M3", *FLOATS) if self.entry.row.scaled and self.layout in HOLDING_FP8 else FLOATS
+        shape = _shape(self.entry, self.layout)
         if stored.dtype not in allowed:
             yield problem_of("wrong dtype", key, stored, expected=" or ".join(allowed), got=stored.dtype)
         if stored.shape != shape:
@@ -168,7 +173,23 @@ class EntryCheck:
             yield problem_of("scales without their FP8 weight", key, scale, expected="a weight in F8_E4M3", got=got)
         if scale.dtype != "F32":
             yield problem_of("wrong dtype", key, scale, expected="F32", got=scale.dtype)
-        grid = self.entry.grid if self.native else self.entry.part_grid
+        grid = _shape(self.entry, self.layout, scales=True)
         if scale.shape != grid:
             got = str(list(scale.shape))
             yield problem_of("wrong grid of scales", key, scale, expected=str(list(grid)), got=got)
+
+
+def _weights(entry: Entry, layout: Layout) -> list[str]:
+    """Names of the tensors that hold the weights of an entry."""
+    if layout == "hf":
+        return [key for keys in entry.keys for key in keys]
+    return [entry.native] if layout == "native" else list(arrange(entry, layout).names)
+
+
+def _shape(entry: Entry, layout: Layout, *, scales: bool = False) -> tuple[int, ...]:
+    """Shape of each of these tensors, or of its block scales."""
+    if layout == "hf":
+        return entry.part_grid if scales else entry.part_shape
+    if layout == "native":
+        return entry.grid if scales else entry.shape
+    return arrange(entry, layout, scales=scales).whole_shape

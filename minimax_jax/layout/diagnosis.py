@@ -10,6 +10,7 @@ from typing import Protocol
 
 from minimax_jax.errors import Problem
 from minimax_jax.layout.config import MiniMaxConfig
+from minimax_jax.layout.forms import NESTED
 from minimax_jax.layout.specs import Specs
 from minimax_jax.layout.table import Name, dissect
 
@@ -70,9 +71,10 @@ def explain(
     told_layers = {None, *layers}
     told = [problem for problem in problems if dissect(problem.key or "").layer in told_layers]
     told += (_unexpected(key, tensors[key], table) for key in unexpected if _is_within(names[key], config))
+    named_layers = not partial and layout not in NESTED
     named_experts = layout == "hf" and bool(experts)
     return [
-        *_miscounted("num_hidden_layers", config.num_hidden_layers, layers, tensors, complete=not partial),
+        *_miscounted("num_hidden_layers", config.num_hidden_layers, layers, tensors, complete=named_layers),
         *_miscounted("num_local_experts", config.num_local_experts, experts, tensors, complete=named_experts),
         *_folded(told),
     ]

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -56,6 +56,8 @@ class Entry:
         keys: Hugging Face names of the weights, `keys[expert][part]`; one expert for rows that do not group.
         part_shape: shape of one part, as Hugging Face stores it.
         block: rows and columns of one FP8 block of a part, for entries that are block-scaled.
+        sizes: of all logical axes, for layouts that take axes apart or stack layers.
+        prefix: what stands in place of the table's `PREFIX`.
     """
 
     row: Row
@@ -64,6 +66,8 @@ class Entry:
     keys: tuple[tuple[str, ...], ...]
     part_shape: tuple[int, ...]
     block: tuple[int, int]
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict, repr=False)
+    prefix: str = PREFIX
 
     def __repr__(self) -> str:
         return f"Entry({self.native!r}, {self.row.dtype}{list(self.shape)}, of {self.experts * self.parts} published)"
@@ -193,14 +197,16 @@ def _entries(config: MiniMaxConfig, prefix: str) -> Iterator[Entry]:
     shapes = {row: tuple(sizes[axis] for axis in row.axes) for row in rows(config)}
     for row, layer in _order(config):
         experts = range(config.num_local_experts if row.grouped else 1)
-        parts = [_named(part, prefix, layer) for part in row.parts]
+        parts = [named(part, prefix, layer) for part in row.parts]
         yield Entry(
             row=row,
-            native=_named(row.native, prefix, layer),
+            native=named(row.native, prefix, layer),
             layer=layer,
             keys=tuple(tuple(part.replace("{expert}", str(expert)) for part in parts) for expert in experts),
             part_shape=shapes[row],
             block=config.block,
+            sizes=sizes,
+            prefix=prefix,
         )
 
 
@@ -211,7 +217,8 @@ def _order(config: MiniMaxConfig) -> Iterator[tuple[Row, int | None]]:
         yield from ((row, layer) for layer, row in itertools.product(layers, group))
 
 
-def _named(template: str, prefix: str, layer: int | None) -> str:
+def named(template: str, prefix: str, layer: int | None) -> str:
+    """The name that a template of the table stands for."""
     name = prefix + template[len(PREFIX) :] if template.startswith(PREFIX) else template
     return name if layer is None else name.replace("{layer}", str(layer))
 

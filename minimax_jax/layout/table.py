@@ -1,7 +1,8 @@
 """THE table: one row for each kind of tensor in a MiniMax-M2 checkpoint.
 
-This is the only module that knows a key or a shape. Reading, writing, validation, inspection, sharding, planning and
-the synthetic checkpoints all derive from it (through `specs`). Another model is another table.
+This, with `forms` for further layouts, is the only module that knows a key or a shape. Reading, writing, validation,
+inspection, sharding, planning and the synthetic checkpoints all derive from it (through `specs`). Another model is
+another table.
 
 A row gives the native name (NeMo AutoModel's), the Hugging Face names of its parts, and the axes of ONE part as
 Hugging Face stores it. Rows of experts group: over all experts, the parts are concatenated along their first axis and
@@ -115,7 +116,7 @@ def rows(config: MiniMaxConfig) -> tuple[Row, ...]:
 
 
 def axis_sizes(config: MiniMaxConfig) -> dict[str, int]:
-    """The size of every logical axis of one part."""
+    """The size of every logical axis of one part, of the factors of axes, and of stacked layers."""
     return {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
@@ -123,6 +124,10 @@ def axis_sizes(config: MiniMaxConfig) -> dict[str, int]:
         "expert": config.num_local_experts,
         "q_heads*head_dim": config.num_attention_heads * config.head_dim,
         "kv_heads*head_dim": config.num_key_value_heads * config.head_dim,
+        "q_heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "layer": config.num_hidden_layers,
     }
 
 
@@ -152,24 +157,6 @@ MTP_PREFIXES = (PREFIX + "mtp_layers.", PREFIX + "mtp.", "mtp_layers.", "mtp.")
 def layer_prefix(layer: int, prefix: str = PREFIX) -> str:
     """What all names in a layer begin with; `prefix` as in `specs`."""
     return f"{prefix}layers.{layer}."
-
-
-TRANSFORMERS = {
-    _MLP + "gate.e_score_correction_bias": _MLP + "e_score_correction_bias",
-    _MLP + "experts.gate_and_up_projs": _MLP + "experts.gate_up_proj",
-    _MLP + "experts.down_projs": _MLP + "experts.down_proj",
-}
-"""Where transformers' module has another name than the native one: name templates by native template.
-
-Its grouped tensors are not transposed: the parts of an expert are concatenated along their first axis, so that
-`gate_up_proj` is `[expert, 2*inter, hidden]` and `down_proj` `[expert, hidden, inter]`.
-"""
-
-
-def module_names(row: Row, layer: int | None) -> tuple[str, str]:
-    """What a kind of tensor is called in NeMo AutoModel's module and in transformers'."""
-    names = row.native, TRANSFORMERS.get(row.native, row.native)
-    return names if layer is None else (names[0].format(layer=layer), names[1].format(layer=layer))
 
 
 NON_QUANTIZED_KEY_PATTERNS = (

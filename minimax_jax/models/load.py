@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from minimax_jax.errors import JobError, LayoutError, Problem, raise_if
 from minimax_jax.jobs.heap import give_back
 from minimax_jax.jobs.left_out import warn_of
-from minimax_jax.jobs.source import Source, open_source
+from minimax_jax.jobs.source import Source, open_source, require_own_layout
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.leaves import Leaf, native_blocks
 from minimax_jax.models.boxes import Box, box_of, whole
@@ -95,6 +95,7 @@ def load(
     """
     source = open_source(path, ignore=ignore, leave_out=leave_out)
     warn_of(source.left_out)
+    require_own_layout(source)
     arrays = _arrays(source, mesh, rules, dtype, stacked)
     return _load(source, arrays, max_memory_bytes=max_memory_bytes, workers=workers, progress=progress)
 
@@ -139,6 +140,7 @@ def load_model(
     raise_if(_explicit_axes(mesh), JobError)
     source = open_source(path, ignore=ignore, leave_out=leave_out)
     warn_of(source.left_out)
+    require_own_layout(source)
     arrays = _arrays(source, mesh, rules, dtype, stacked)
     native = _load(source, arrays, max_memory_bytes=max_memory_bytes, workers=workers, progress=progress)
     return MiniMaxForCausalLM(source.config, native, dtype=jnp.bfloat16 if dtype is None else dtype)

@@ -1,0 +1,207 @@
+"""Further layouts: against trees put together by plain numpy, against transformers' own module, and back again."""
+
+import folders
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import BF16, bits, config, differences, native_of, random_hf
+from torch_helpers import in_torch
+
+import minimax_jax as mj
+from minimax_jax.errors import LayoutError
+from minimax_jax.layout.specs import specs
+
+CONFIG = config(num_hidden_layers=3, num_local_experts=4)
+HF = random_hf(CONFIG)
+NATIVE = native_of(HF, CONFIG, BF16)
+HEADS, KV_HEADS, HEAD, HIDDEN = 2, 1, 64, 320
+FURTHER = ("transformers-v5", "maxtext", "maxtext-unscanned")
+
+
+def weight(layer, name):
+    """A weight as Hugging Face stores it, in bfloat16 where it is FP8 there; experts from the native tree."""
+    return NATIVE[f"model.layers.{layer}.{name}"]
+
+
+def expert(layer, number, name):
+    """`w1`, `w3` [inter, hidden] or `w2` [hidden, inter], dequantised by hand."""
+    grouped = weight(layer, "mlp.experts.down_projs" if name == "w2" else "mlp.experts.gate_and_up_projs")[number]
+    gate, up = np.split(grouped, 2, axis=1)
+    return {"w1": gate, "w3": up, "w2": grouped}[name].T
+
+
+def maxtext_layer(layer):
+    """One layer as MaxText's converter for Qwen3-MoE makes it: kernels are `W.T.reshape(target_shape)`."""
+
+    def kernel(name, *shape):
+        return weight(layer, f"self_attn.{name}.weight").T.reshape(shape)
+
+    return {
+        "pre_self_attention_layer_norm.scale": weight(layer, "input_layernorm.weight"),
+        "self_attention.query.kernel": kernel("q_proj", HIDDEN, HEADS, HEAD),
+        "self_attention.key.kernel": kernel("k_proj", HIDDEN, KV_HEADS, HEAD),
+        "self_attention.value.kernel": kernel("v_proj", HIDDEN, KV_HEADS, HEAD),
+        "self_attention.out.kernel": kernel("o_proj", HEADS, HEAD, HIDDEN),
+        "self_attention.query_norm.scale": weight(layer, "self_attn.q_norm.weight"),
+        "self_attention.key_norm.scale": weight(layer, "self_attn.k_norm.weight"),
+        "post_self_attention_layer_norm.scale": weight(layer, "post_attention_layernorm.weight"),
+        "moe_block.gate.kernel": weight(layer, "mlp.gate.weight").T,
+        "moe_block.gate.bias": weight(layer, "mlp.gate.e_score_correction_bias"),
+        "moe_block.wi_0": np.stack([expert(layer, number, "w1").T for number in range(4)]),
+        "moe_block.wi_1": np.stack([expert(layer, number, "w3").T for number in range(4)]),
+        "moe_block.wo": np.stack([expert(layer, number, "w2").T for number in range(4)]),
+    }
+
+
+def maxtext(scanned):
+    """The whole of MaxText's params, with a stack along the second axis where layers are scanned."""
+    layers = [maxtext_layer(layer) for layer in range(3)]
+    tree = {
+        "token_embedder.embedding": NATIVE["model.embed_tokens.weight"],
+        "decoder.decoder_norm.scale": NATIVE["model.norm.weight"],
+        "decoder.logits_dense.kernel": NATIVE["lm_head.weight"].T,
+    }
+    if scanned:
+        tree |= {f"decoder.layers.{name}": np.stack([layer[name] for layer in layers], axis=1) for name in layers[0]}
+    else:
+        tree |= {f"decoder.layers_{n}.{name}": array for n, layer in enumerate(layers) for name, array in layer.items()}
+    return {f"params.params.{name}": array for name, array in tree.items()}
+
+
+def transformers_v5():
+    """What transformers' module has: the two matrices of an expert one below the other, nothing transposed."""
+    tree = {key: array for key, array in NATIVE.items() if ".experts." not in key and "e_score" not in key}
+    for layer in range(3):
+        mlp = f"model.layers.{layer}.mlp."
+        pairs = [[expert(layer, number, name) for name in ("w1", "w3")] for number in range(4)]
+        tree[mlp + "experts.gate_up_proj"] = np.stack([np.concatenate(pair) for pair in pairs])
+        tree[mlp + "experts.down_proj"] = np.stack([expert(layer, number, "w2") for number in range(4)])
+        tree[mlp + "e_score_correction_bias"] = weight(layer, "mlp.gate.e_score_correction_bias")
+    return tree
+
+
+WANT = {"transformers-v5": transformers_v5(), "maxtext": maxtext(True), "maxtext-unscanned": maxtext(False)}
+
+
+@pytest.mark.parametrize("layout", FURTHER)
+def test_each_layout_is_what_plain_numpy_makes_and_comes_back(layout):
+    got = mj.to_layout(NATIVE, CONFIG, layout=layout)
+    assert differences(got, WANT[layout]) == []
+    assert all(array.shape == WANT[layout][key].shape for key, array in got.items())
+    assert differences(mj.from_layout(WANT[layout], CONFIG, layout=layout), NATIVE) == []
+
+
+@pytest.mark.parametrize("layout", FURTHER)
+def test_jitted_and_on_device_it_is_the_same_bits(layout):
+    native = {key: jnp.asarray(array) for key, array in NATIVE.items()}
+    got = jax.jit(lambda tree: mj.to_layout(tree, CONFIG, layout=layout))(native)
+    assert differences(got, WANT[layout]) == []
+    assert differences(mj.to_layout(native, CONFIG, layout=layout), WANT[layout]) == []
+    assert differences(jax.jit(lambda tree: mj.from_layout(tree, CONFIG, layout=layout))(got), NATIVE) == []
+
+
+@pytest.mark.parametrize("layout", FURTHER)
+def test_every_bfloat16_keeps_its_bits(layout):
+    every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    native = {key: np.resize(every, array.shape).astype(BF16) for key, array in NATIVE.items()}
+    for change in (lambda tree: tree, jax.jit(lambda tree: tree)):
+        out = mj.to_layout(change(native), CONFIG, layout=layout)
+        assert differences(mj.from_layout(change(out), CONFIG, layout=layout), native) == []
+    jitted = jax.jit(lambda tree: mj.to_layout(tree, CONFIG, layout=layout))(native)
+    assert differences(jitted, mj.to_layout(native, CONFIG, layout=layout)) == []
+
+
+def test_fp8_weights_lie_in_transformers_layout_with_their_scales():
+    native = mj.from_hf(HF, CONFIG, dtype=None)
+    got = mj.to_layout(native, CONFIG, layout="transformers-v5")
+    name = "model.layers.1.block_sparse_moe.experts.2."
+    fused = {suffix: got[f"model.layers.1.mlp.experts.gate_up_proj{suffix}"][2] for suffix in ("", "_scale_inv")}
+    for suffix, array in fused.items():
+        pair = [HF[f"{name}{part}.weight{suffix}"] for part in ("w1", "w3")]
+        assert np.array_equal(bits(array), bits(np.concatenate(pair)))
+    back = mj.from_layout(got, CONFIG, layout="transformers-v5")
+    assert differences(mj.to_hf(back, CONFIG, quantization=True), HF) == []
+
+
+@pytest.mark.parametrize("layout", ["maxtext", "maxtext-unscanned"])
+def test_maxtext_has_no_place_for_fp8(layout):
+    with pytest.raises(LayoutError, match="no place for FP8 weights"):
+        mj.to_layout(mj.from_hf(HF, CONFIG, dtype=None), CONFIG, layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["hf", "native", "megatron"])
+def test_other_layouts_are_refused(layout):
+    for function in (mj.to_layout, mj.from_layout):
+        with pytest.raises(LayoutError, match="no such layout"):
+            function(NATIVE, CONFIG, layout=layout)
+
+
+@pytest.mark.parametrize("layout", FURTHER)
+def test_what_is_wrong_with_a_tree_is_said(layout):
+    tree = dict(WANT[layout])
+    lost = next(key for key in tree if "norm" in key)
+    turned = next(key for key in tree if "embed" in key)
+    del tree[lost]
+    tree[turned] = tree[turned].T
+    tree["model.extra"] = np.zeros(3, np.float32)
+    with pytest.raises(LayoutError) as caught:
+        mj.from_layout(tree, CONFIG, layout=layout)
+    said = {(problem.what.split(",")[0], problem.key) for problem in caught.value.problems}
+    assert said == {("missing tensor", lost), ("wrong shape", turned), ("unexpected tensor", "model.extra")}
+
+
+def test_a_stack_of_another_number_of_layers_is_refused_once():
+    with pytest.raises(LayoutError) as caught:
+        mj.from_layout(WANT["maxtext"], CONFIG.replace(num_hidden_layers=2), layout="maxtext")
+    assert len(caught.value.problems) == 13
+    assert all(problem.what == "wrong shape" for problem in caught.value.problems)
+
+
+def test_a_partial_stack_is_refused():
+    some = {key: array for key, array in NATIVE.items() if ".1." not in key}
+    with pytest.raises(LayoutError, match="stack of layers with gaps"):
+        mj.to_layout(some, CONFIG, layout="maxtext", partial=True)
+    assert len(mj.to_layout(some, CONFIG, layout="maxtext-unscanned", partial=True)) == 3 + 2 * 13
+
+
+def test_the_published_sizes_in_maxtext():
+    real = config(
+        hidden_size=3072,
+        intermediate_size=1536,
+        num_hidden_layers=62,
+        num_local_experts=256,
+        num_attention_heads=48,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=200064,
+        rotary_dim=64,
+    )
+    tree = jax.eval_shape(lambda native: mj.to_layout(native, real, layout="maxtext"), specs(real).abstract())
+    moe = mj.nest(tree)["params"]["params"]["decoder"]["layers"]["moe_block"]
+    assert {name: moe[name].shape for name in ("wi_0", "wi_1", "wo")} == {
+        "wi_0": (256, 62, 3072, 1536),
+        "wi_1": (256, 62, 3072, 1536),
+        "wo": (256, 62, 1536, 3072),
+    }
+    assert (moe["gate"]["kernel"].shape, moe["gate"]["kernel"].dtype) == ((3072, 62, 256), np.float32)
+    assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == 228_689_764_864
+
+
+def test_transformers_module_takes_it_strictly_and_computes_what_it_does_from_the_published_form(tmp_path):
+    native = {key: array.astype(np.float32) for key, array in NATIVE.items()}
+    settings = {name: value for name, value in CONFIG.to_dict().items() if name != "quantization_config"}
+    torch.manual_seed(0)
+    model = transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**settings)).eval()
+    model.load_state_dict(in_torch(mj.to_layout(native, CONFIG, layout="transformers-v5")), strict=True)
+    folders.write(tmp_path / "hf", mj.to_hf(native, CONFIG), CONFIG.replace(weight_block_size=None))
+    published = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    state, other = model.state_dict(), published.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[key], other[key]) for key in state)
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, published(ids).logits)

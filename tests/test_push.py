@@ -1,0 +1,198 @@
+"""Uploads by the hub's real client, against a stand-in of the hub's calls on this machine."""
+
+import base64
+import hashlib
+import json
+import sys
+
+import folders
+import pytest
+from click.testing import CliRunner
+from huggingface_hub import constants
+from servers import COMMIT, Handler, serving
+
+import minimax_jax as mj
+from minimax_jax import synthetic
+from minimax_jax.cli import cli
+from minimax_jax.errors import JobError
+
+REPOSITORY = "hf://org/made"
+TOKEN = "hf_standin"
+
+
+class UploadHandler(Handler):
+    """The calls of the hub that an upload makes. What is committed comes to lie in the served folder.
+
+    Files of weights go by git LFS, others within the commit, as on the hub; which storage that LFS has is the client's
+    affair, and the tests have it use the basic one.
+    """
+
+    def do_POST(self):
+        server, path = self.server_of, self.path
+        server.requests.append(path)
+        server.headers.append({name.lower(): value for name, value in self.headers.items()})
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status = server.faults.status(path)
+        if status is not None:
+            self.tell({"error": "no"}, status)
+        elif path == "/api/repos/create":
+            (server.folder / "created.json").write_bytes(body)
+            self.tell({"url": f"{server.url}/org/made", "id": "org/made"})
+        elif path == "/api/validate-yaml":
+            self.tell({"errors": [], "warnings": []})
+        elif path.endswith("/preupload/main"):
+            modes = [("lfs" if file["path"].endswith(".safetensors") else "regular") for file in self.files(body)]
+            told = [
+                {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": None}
+                for file, mode in zip(self.files(body), modes, strict=True)
+            ]
+            self.tell({"files": told})
+        elif path.endswith("/info/lfs/objects/batch"):
+            wanted = json.loads(body)["objects"]
+            self.tell({"transfer": "basic", "objects": [self.object(one) for one in wanted]})
+        elif path.endswith("/commit/main"):
+            self.commit(body)
+        else:
+            self.tell({"error": path}, 404)
+
+    def do_PUT(self):
+        body = self.body()
+        oid = self.path.rsplit("/", 1)[1]
+        assert hashlib.sha256(body).hexdigest() == oid
+        (self.server_of.folder / oid).write_bytes(body)
+        self.tell({})
+
+    def body(self):
+        """Of known length, or in chunks."""
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        whole = b""
+        while size := int(self.rfile.readline(), 16):
+            whole += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return whole
+
+    def files(self, body):
+        return json.loads(body)["files"]
+
+    def object(self, one):
+        actions = {"upload": {"href": f"{self.server_of.url}/lfs/{one['oid']}"}}
+        return {"oid": one["oid"], "size": one["size"], "actions": actions}
+
+    def commit(self, body):
+        folder = self.server_of.folder / "repository"
+        folder.mkdir(exist_ok=True)
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                (folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                (folder / value["path"]).write_bytes((self.server_of.folder / value["oid"]).read_bytes())
+        url = f"{self.server_of.url}/org/made/commit/{COMMIT}"
+        self.tell({"commitUrl": url, "commitOid": COMMIT, "success": True})
+
+    def tell(self, document, status=200):
+        body = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's own waits
+    with serving(tmp_path / "hub", UploadHandler) as running:
+        for name, value in {
+            "ENDPOINT": running.url,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_PROGRESS_BARS": True,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False)
+        yield running
+
+
+@pytest.fixture
+def source(tmp_path):
+    synthetic.synthesize(tmp_path / "hf", synthetic.config(layers=1, experts=2), shard_bytes=200_000)
+    return tmp_path / "hf"
+
+
+def convert(*arguments):
+    return CliRunner().invoke(cli, ["convert", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_a_conversion_is_pushed_whole_with_certificate_and_card(source, hub, tmp_path):
+    (source / "README.md").unlink(missing_ok=True)
+    result = convert(source, tmp_path / "native", "--push", REPOSITORY, "--private", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)["pushed"]
+    assert told["commit"].endswith(COMMIT)
+    assert folders.files(hub.folder / "repository") == folders.files(tmp_path / "native")
+    assert {"certificate.json", "README.md", "config.json"} <= folders.files(tmp_path / "native").keys()
+    assert json.loads((hub.folder / "created.json").read_bytes())["private"] is True
+    assert {headers.get("authorization") for headers in hub.headers} == {f"Bearer {TOKEN}"}
+    assert mj.verify(hub.folder / "repository", certificate=tmp_path / "native" / "certificate.json").good
+    assert told["sha256"] in (tmp_path / "native" / "README.md").read_text()
+
+
+def test_a_card_that_is_there_stays_and_a_second_push_is_the_same(source, hub):
+    (source / "README.md").write_text("ours")
+    assert not mj.push(source, REPOSITORY).card
+    first = folders.files(hub.folder / "repository")
+    assert first["README.md"] == b"ours"
+    mj.push(source, REPOSITORY)
+    assert folders.files(hub.folder / "repository") == first
+
+
+def test_the_card_names_the_repository_that_it_came_from(source, hub):
+    (source / "README.md").unlink(missing_ok=True)
+    mj.push(source, REPOSITORY, origin=f"hf://MiniMaxAI/MiniMax-M2@{COMMIT}?keep=0")
+    text = (source / "README.md").read_text()
+    front = text.split("---\n")[1]
+    assert front.splitlines() == [
+        "library_name: transformers",
+        'base_model: "MiniMaxAI/MiniMax-M2"',
+        *("tags:", "- minimax_m2", "- minimax_jax", "- hf"),
+    ]
+    assert COMMIT not in text
+
+
+@pytest.mark.parametrize("call", ["/api/repos/create", "/commit/main"])
+def test_what_fails_leaves_the_output_whole_and_says_how_to_go_on(source, hub, tmp_path, call):
+    hub.faults.status = lambda path: 403 if path.endswith(call) else None
+    result = convert(source, tmp_path / "native", "--push", REPOSITORY)
+    assert result.exit_code == 3
+    assert f"minimax-jax push {tmp_path / 'native'} {REPOSITORY}" in " ".join(result.stderr.split())
+    assert mj.verify(source, tmp_path / "native").good
+    hub.faults.status = lambda path: None
+    mj.push(tmp_path / "native", REPOSITORY)
+    assert folders.files(hub.folder / "repository") == folders.files(tmp_path / "native")
+
+
+def test_what_is_not_as_certified_is_not_pushed(source, hub):
+    mj.verify(source, output=source / "certificate.json")
+    folders.flip_bit(source, "model.norm.weight", 3)
+    with pytest.raises(JobError, match="not what its certificate says"):
+        mj.push(source, REPOSITORY)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("url", ["org/name", "hf://name", "hf://org/name@main", "hf://org/name/folder", "s3://a/b"])
+def test_other_places_are_refused_before_any_work(source, tmp_path, url):
+    assert convert(source, tmp_path / "native", "--push", url).exit_code == 3
+    assert not (tmp_path / "native").exists()
+
+
+def test_without_the_client_the_extra_is_named(source, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    result = convert(source, tmp_path / "native", "--push", REPOSITORY)
+    assert result.exit_code == 3
+    assert "minimax_jax[hub]" in result.stderr
+    assert not (tmp_path / "native").exists()
