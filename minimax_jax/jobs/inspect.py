@@ -11,9 +11,12 @@ from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.location import Location
 from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.source import Source
+from minimax_jax.layout.arrangement import arrange
 from minimax_jax.layout.check import Layout
 from minimax_jax.layout.config import MiniMaxConfig
+from minimax_jax.layout.forms import FORMS
 from minimax_jax.layout.specs import Entry
+from minimax_jax.layout.table import SCALE_SUFFIX
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +83,9 @@ def _kind(source: Source, entry: Entry, key: str) -> str:
     """What the layout calls the kind of a stored tensor; block scales are of the kind of their weights."""
     if source.survey.layout == "native":
         return entry.row.native
+    if source.survey.layout in FORMS:
+        names = arrange(entry, source.survey.layout).names
+        return FORMS[source.survey.layout][entry.row].names[names.index(key.removesuffix(SCALE_SUFFIX))]
     return entry.row.parts[source.survey.specs.places[key].part]
 
 
