@@ -39,7 +39,8 @@ docs: .venv/docs
 	@echo "build/site/index.html"
 
 bench: .venv/test
-	$(BIN)/python benchmarks/convert.py $(BENCH_FLAGS)
+	$(BIN)/pip install --quiet --editable ".[bench]"
+	$(BIN)/python -m benchmarks.speed $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/torch_adapter.py $(TORCH_BENCH_FLAGS)
 
 # The compilers go into a folder of their own: jax takes every plugin that it finds for a device that is there. The CUDA

@@ -16,6 +16,7 @@ from minimax_jax.jobs.compare import RELATIONS, Comparison
 from minimax_jax.jobs.inspect import Inspection, Tally
 from minimax_jax.jobs.left_out import LeftOut, left_out_json
 from minimax_jax.jobs.plan import Plan
+from minimax_jax.ops.backend import backend
 
 if TYPE_CHECKING:
     from minimax_jax.jobs.certified import Held
@@ -74,6 +75,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
         "peak_memory_bytes": plan.peak_bytes,
+        "kernels": backend(),
         "left_out": left_out_json(plan.source.left_out),
         "files": [
             {"name": shard.file_name, "bytes": shard.file_bytes, "tensors": list(shard.tensors)}
@@ -91,7 +93,7 @@ def plan_view(plan: Plan, *, everything: bool = False) -> Iterator[Any]:
     tensors = sum(len(shard.tensors) for shard in plan.shards)
     facts.add_row("write", f"{size(plan.write_bytes)}, {tensors:,} tensors")
     facts.add_row("memory", f"{size(plan.peak_bytes)} at most, over what the process has at the start")
-    facts.add_row("work", f"{len(plan.units):,} units, {plan.workers} at a time")
+    facts.add_row("work", f"{len(plan.units):,} units, {plan.workers} at a time, on a CPU by {backend()}")
     yield facts
     files = Table("file", "size", "tensors", "first tensor", box=None)
     top = len(plan.shards) if everything else _SHOWN
@@ -154,6 +156,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "read_bytes": report.read_bytes,
         "written_bytes": report.written_bytes,
         "seconds": round(report.seconds, 3),
+        "kernels": report.kernels,
         "kept_source_scales": report.kept_scales,
         "fresh_scales": list(report.fresh_scales),
         "left_out": left_out_json(report.left_out),
@@ -163,7 +166,8 @@ def report_json(report: Report) -> dict[str, Any]:
 def report_view(report: Report) -> Iterator[str]:
     """What a conversion did, to look at."""
     rate = size(report.read_bytes / max(report.seconds, 1e-9))
-    yield f"wrote {report.destination}: {report.tensors:,} tensors, {size(report.written_bytes)}, {rate}/s read"
+    written = f"{report.tensors:,} tensors, {size(report.written_bytes)}"
+    yield f"wrote {report.destination}: {written}, {rate}/s read (on a CPU by {report.kernels})"
     if report.kept_scales or report.fresh_scales:
         kept, fresh = report.kept_scales, len(report.fresh_scales)
         yield f"FP8 weights: {kept:,} with their source scales, {fresh:,} with fresh ones"

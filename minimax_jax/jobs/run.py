@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -25,6 +25,7 @@ from minimax_jax.jobs.plan import Plan
 from minimax_jax.jobs.team import FAILED, SOLO, Team
 from minimax_jax.jobs.units import Unit
 from minimax_jax.jobs.worker import FRESH, KEPT, UNIT, Record, Worker, is_record
+from minimax_jax.ops.backend import Backend, backend
 from minimax_jax.progress import Progress, Ticker
 
 Check: TypeAlias = Literal["none", "sample", "all"]
@@ -49,6 +50,7 @@ class Report(Displayed):
         kept_scales: weights that were quantised with their source scales, byte for byte what they were.
         fresh_scales: names of weights that were quantised with scales by amax.
         left_out: tensors in the files of the source that are not the model's: they were not converted.
+        kernels: which code the work went through on a CPU.
     """
 
     destination: Path
@@ -59,6 +61,7 @@ class Report(Displayed):
     kept_scales: int
     fresh_scales: tuple[str, ...]
     left_out: tuple[LeftOut, ...] = ()
+    kernels: Backend = field(default_factory=backend)
 
     def views(self) -> Iterable[Any]:
         """What there is to look at."""

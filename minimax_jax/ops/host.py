@@ -1,27 +1,27 @@
 """Whether concrete arrays on a CPU go through numba kernels, and the memory that these work on.
 
 XLA's CPU compiler transposes an element at a time; the kernels do the same work, to the same bits, many times faster.
-They are taken where numba is installed, the arrays are concrete and lie in host memory, and there is enough to do.
-MINIMAX_JAX_CPU=xla keeps to XLA; MINIMAX_JAX_CPU=numba takes the kernels however little there is to do.
+They are taken where they can be (see `minimax_jax.ops.backend`), the arrays are concrete and lie in host memory, and
+there is enough to do; with MINIMAX_JAX_CPU=numba, however little that is.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
-import platform
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minimax_jax.errors import LayoutError, Problem
 from minimax_jax.ops import workspace
+from minimax_jax.ops.backend import VARIABLE as VARIABLE
+from minimax_jax.ops.backend import asked, kernels
+from minimax_jax.ops.backend import backend as backend
 from minimax_jax.ops.checks import Array
 from minimax_jax.ops.workspace import HostArray
 from minimax_jax.ops.workspace import empty as empty
@@ -29,30 +29,11 @@ from minimax_jax.ops.workspace import empty as empty
 Place: TypeAlias = Callable[[HostArray], Array]
 T = TypeVar("T")
 
-VARIABLE = "MINIMAX_JAX_CPU"
-
 BITS = {np.dtype(jnp.bfloat16): np.uint16, np.dtype(np.float16): np.int16, np.dtype(np.float32): np.uint32}
 """What the kernels see weights as, by their dtype."""
 
 _ENOUGH_BYTES = 2**22
 """Less than this goes through XLA, before numba is even imported."""
-
-
-def backend() -> Literal["numba", "xla"]:
-    """What large concrete arrays on a CPU go through.
-
-    Raises:
-        LayoutError: MINIMAX_JAX_CPU asks for something unknown, or for numba where it cannot be used.
-    """
-    asked = _asked()
-    if asked == "xla":
-        return "xla"
-    if _kernels() is not None:
-        return "numba"
-    if asked == "numba":
-        remedy = "pip install 'minimax_jax[fast]', or unset it"
-        raise LayoutError(Problem(what="numba cannot be used here", got=f"{VARIABLE}=numba", remedy=remedy))
-    return "xla"
 
 
 def kernels_for(tree: Any) -> ModuleType | None:
@@ -63,9 +44,9 @@ def kernels_for(tree: Any) -> ModuleType | None:
     here = workspace.active() is not None or not any(isinstance(leaf, np.ndarray) for leaf in leaves)
     if not here and _default_device().platform != "cpu":
         return None
-    if _asked() != "numba" and sum(leaf.nbytes for leaf in leaves) < _ENOUGH_BYTES:
+    if asked() != "numba" and sum(leaf.nbytes for leaf in leaves) < _ENOUGH_BYTES:
         return None
-    return _kernels() if backend() == "numba" else None
+    return kernels() if backend() == "numba" else None
 
 
 def place_of(tree: Any) -> Place:
@@ -135,25 +116,3 @@ def _default_device() -> jax.Device:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _asked() -> str:
-    asked = os.environ.get(VARIABLE, "")
-    if asked not in ("", "numba", "xla"):
-        raise LayoutError(Problem(what=f"unknown {VARIABLE}", expected="numba, xla, or not set", got=asked))
-    return asked
-
-
-@functools.cache
-def _kernels() -> ModuleType | None:
-    """The kernels; None without numba, or on a processor that cannot convert float16 by itself."""
-    try:
-        binding = importlib.import_module("llvmlite.binding")
-        config = importlib.import_module("numba.core.config")
-        features = binding.get_host_cpu_features()
-        x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
-        if config.CPU_NAME or config.CPU_FEATURES or (x86 and not features.get("f16c")):
-            return None
-        return importlib.import_module("minimax_jax.ops.kernels_numba")
-    except ImportError:
-        return None

@@ -1,0 +1,59 @@
+"""Which code large concrete arrays on a CPU go through: the choice is automatic, and can be asked for. Without jax.
+
+MINIMAX_JAX_CPU=xla keeps to XLA; MINIMAX_JAX_CPU=numba insists on the kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import platform
+from types import ModuleType
+from typing import Literal, TypeAlias
+
+from minimax_jax.errors import LayoutError, Problem
+
+Backend: TypeAlias = Literal["numba", "xla"]
+
+VARIABLE = "MINIMAX_JAX_CPU"
+
+
+def backend() -> Backend:
+    """What large concrete arrays on a CPU go through.
+
+    Raises:
+        LayoutError: MINIMAX_JAX_CPU asks for something unknown, or for numba where it cannot be used.
+    """
+    wanted = asked()
+    if wanted == "xla":
+        return "xla"
+    if kernels() is not None:
+        return "numba"
+    if wanted == "numba":
+        remedy = "pip install 'minimax_jax[fast]', or unset it"
+        raise LayoutError(Problem(what="numba cannot be used here", got=f"{VARIABLE}=numba", remedy=remedy))
+    return "xla"
+
+
+def asked() -> str:
+    """What MINIMAX_JAX_CPU says; raises a LayoutError for what is unknown."""
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "numba", "xla"):
+        raise LayoutError(Problem(what=f"unknown {VARIABLE}", expected="numba, xla, or not set", got=wanted))
+    return wanted
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """The kernels; None without numba, or on a processor that cannot convert float16 by itself."""
+    try:
+        binding = importlib.import_module("llvmlite.binding")
+        config = importlib.import_module("numba.core.config")
+        features = binding.get_host_cpu_features()
+        x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+        if config.CPU_NAME or config.CPU_FEATURES or (x86 and not features.get("f16c")):
+            return None
+        return importlib.import_module("minimax_jax.ops.kernels_numba")
+    except ImportError:
+        return None
