@@ -201,9 +201,13 @@ def _units(entry: Entry, source: Source, target: Target, most_bytes: int) -> Ite
     if not entry.row.scaled:
         yield from _row_units(entry, source, target, most_bytes)
         return
-    for some, first in batches(entry, _memory(entry, source, target), most_bytes):
-        read = total_bytes(source.specs(some))
-        yield Convert(entry=some, first=first, read_bytes=read, memory_bytes=_memory(some, source, target))
+    read, memory = total_bytes(source.specs(entry)), _memory(entry, source, target)
+    for some, first in batches(entry, memory, most_bytes):
+        share = {
+            "read_bytes": read * some.experts // entry.experts,
+            "memory_bytes": memory * some.experts // entry.experts,
+        }
+        yield Convert(entry=some, first=first, **share)
 
 
 def _row_units(entry: Entry, source: Source, target: Target, most_bytes: int) -> Iterator[Convert]:

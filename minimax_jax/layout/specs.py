@@ -112,11 +112,12 @@ class Entry:
 
     def hf_specs(self, dtype: str) -> Iterator[TensorSpec]:
         """The stored tensors of the Hugging Face form, expert by expert; FP8 weights have their scales behind them."""
+        grid = self.part_grid if dtype == "F8_E4M3" else None
         for keys in self.keys:
             for key in keys:
                 yield TensorSpec(key, self.part_shape, dtype)
-                if dtype == "F8_E4M3":
-                    yield TensorSpec(key + SCALE_SUFFIX, self.part_grid, "F32")
+                if grid is not None:
+                    yield TensorSpec(key + SCALE_SUFFIX, grid, "F32")
 
     def scale_specs(self) -> Iterator[TensorSpec]:
         """The block scales alone of the Hugging Face form, expert by expert."""
