@@ -74,6 +74,7 @@ def write_page(page: Path, run: Run) -> None:
     parts += [_markdown((section, *COLUMNS[1:]), rows) for section, rows in _sections(run)]
     parts.append(_markdown(("in processes of their own", ""), _alone(run)))
     parts.append(_markdown(("target", "wanted", "measured", ""), _targets(run)))
+    parts.append("![GB/s of every contestant](speed.png)\n")
     page.write_text("\n".join([before, *parts, after]))
 
 
