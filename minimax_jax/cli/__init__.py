@@ -6,4 +6,17 @@ Each command is a module; importing it adds the command to the group.
 from minimax_jax.cli import completion, convert, demo, diff, generate, inspect, plan, push, synth, verify
 from minimax_jax.cli.group import cli, main
 
-__all__ = ["cli", "completion", "convert", "demo", "diff", "generate", "inspect", "main", "plan", "push", "synth", "verify"]
+__all__ = [
+    "cli",
+    "completion",
+    "convert",
+    "demo",
+    "diff",
+    "generate",
+    "inspect",
+    "main",
+    "plan",
+    "push",
+    "synth",
+    "verify",
+]
