@@ -88,10 +88,9 @@ clean:
 	touch $@
 
 .venv-lowest/test: .venv/base
-	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --resolution lowest-direct --python .venv-lowest/bin/python pyproject.toml \
-		--extra fast --extra hub --extra orbax --extra remote --output-file .venv-lowest/pins.txt
-	.venv-lowest/bin/pip install --quiet "$(TORCH)" -r .venv-lowest/pins.txt pytest pytest-xdist hypothesis "moto[server]"
-	.venv-lowest/bin/pip install --quiet --no-deps --editable .
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	UV_FIND_LINKS=$(PIP_FIND_LINKS) $(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
+		"$(TORCH)" "pytest>=8.2" "pytest-xdist>=3.5" "hypothesis>=6.100" "moto[server]>=5.0.28" \
+		--editable ".[fast,hub,orbax,remote]"
 	touch $@
