@@ -34,6 +34,7 @@ from .models.sharding import Rules as Rules
 from .ops.fp8 import dequantize as dequantize
 from .ops.fp8 import quantize as quantize
 from .ops.scaled import BlockScaled as BlockScaled
+from .page.report import report as report
 from .synthetic.checkpoint import synthesize as synthesize
 from .trees import flatten as flatten
 from .trees import nest as nest

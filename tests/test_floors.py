@@ -29,7 +29,7 @@ FLOORS = (
     ("layouts",),
     ("io",),
     ("synthetic", "jobs"),
-    ("models",),
+    ("models", "page"),
     ("",),  # the package itself, whose names resolve to any of the above
     ("console", "demo"),
     ("cli",),

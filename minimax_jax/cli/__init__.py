@@ -3,7 +3,7 @@
 Each command is a module; importing it adds the command to the group.
 """
 
-from minimax_jax.cli import completion, convert, demo, diff, generate, inspect, plan, push, synth, verify
+from minimax_jax.cli import completion, convert, demo, diff, generate, inspect, plan, push, report, synth, verify
 from minimax_jax.cli.group import cli, main
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "main",
     "plan",
     "push",
+    "report",
     "synth",
     "verify",
 ]

@@ -57,16 +57,16 @@ def shown(key: str) -> str:
 
 
 def write_json_atomic(path: Path, obj: Any) -> None:
-    """Write `obj` as JSON to `path`: at any moment there is the old file or the whole new one, also after a power cut.
-
-    Raises:
-        JobError: the file cannot be written.
-    """
+    """Write `obj` as JSON to `path`, as `write_text_atomic` does."""
     write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write `text` to `path`; as `write_json_atomic`."""
+    """Write `text` to `path`: at any moment there is the old file or the whole new one, also after a power cut.
+
+    Raises:
+        JobError: the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     with io_errors(JobError, "file cannot be written", path):
         try:

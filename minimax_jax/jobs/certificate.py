@@ -44,8 +44,8 @@ def certificate(seen: Verification) -> dict[str, Any]:
     return {**told, SEAL: seal(told)}
 
 
-def require_place(file: str | Path) -> None:
-    """Check that a certificate can be written to `file`, before the long work of which it is the result.
+def require_place(file: str | Path, what: str = "certificate") -> None:
+    """Check that a certificate, or `what`, can be written to `file`, before the long work of which it is the result.
 
     Raises:
         JobError: it is a folder, or there is no folder to hold it that may be written to.
@@ -53,7 +53,7 @@ def require_place(file: str | Path) -> None:
     file = Path(file)
     if file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
         remedy = "name a file in a folder that exists and may be written to"
-        raise JobError(Problem(what="certificate cannot be written", file=str(file), remedy=remedy))
+        raise JobError(Problem(what=f"{what} cannot be written", file=str(file), remedy=remedy))
 
 
 def write_certificate(file: str | Path, seen: Verification) -> None:

@@ -81,18 +81,17 @@ def _look_at_blocks(views: Sequence[View], entry: Entry, first: int) -> Look:
         digests=[[digest_of(key, tensor) for key, tensor in tensors.items()] for tensors in stored],
         unusual=[list(_unusual(tensors)) for tensors in stored],
         comparisons=comparisons,
-        nbytes=_read_bytes(views, entry),
+        nbytes=read_bytes(views, entry),
     )
 
 
 def _look_at_rows(views: Sequence[View], entry: Entry) -> Look:
-    """Looks at some rows at a time: embeddings are large."""
+    """Looks at some rows at a time."""
     ((key,),) = entry.keys
     hashes = [hashlib.sha256() for _ in views]
     found: list[list[Unusual]] = [[] for _ in views]
     comparisons: list[Comparison] = []
-    for start, stop in row_steps([view.source for view in views], entry):
-        chunks = [view.rows(entry, start, stop) for view in views]
+    for chunks in row_chunks(views, entry):
         for digest, numbers, chunk in zip(hashes, found, chunks, strict=True):
             digest.update(bytes_of(chunk).data)
             numbers += unusual(key, chunk, is_scale=False)
@@ -107,11 +106,18 @@ def _look_at_rows(views: Sequence[View], entry: Entry) -> Look:
         digests=digests,
         unusual=found,
         comparisons=[merge(comparisons)] if comparisons else [],
-        nbytes=_read_bytes(views, entry),
+        nbytes=read_bytes(views, entry),
     )
 
 
-def _read_bytes(views: Sequence[View], entry: Entry) -> int:
+def row_chunks(views: Sequence[View], entry: Entry) -> Iterator[list[Array]]:
+    """Some rows at a time of an entry that is not block-scaled, through each view: embeddings are large."""
+    for start, stop in row_steps([view.source for view in views], entry):
+        yield [view.rows(entry, start, stop) for view in views]
+
+
+def read_bytes(views: Sequence[View], entry: Entry) -> int:
+    """Bytes of the stored tensors of an entry in all of the views."""
     return sum(stored_bytes(view.source, entry) for view in views)
 
 

@@ -1,0 +1,250 @@
+"""What the figures of a checkpoint say, in words; each finding follows from a rule that is told beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from minimax_jax.jobs.figures import OUTLIER_RATIO, Floats
+from minimax_jax.jobs.numbers import Unusual
+from minimax_jax.jobs.overview import Figures, Overview, change_squares, ratio
+
+Level: TypeAlias = Literal["warning", "note", "good"]
+
+SATURATED_SHARE = 0.01
+"""More codes of +-448 than this in a matrix: a block scaled by amax needs one of its 16,384."""
+
+STRAY_SIGMAS = 6.0
+"""Farther than this from the median of its layer, in robust standard deviations, the norm of an expert is odd."""
+
+FEWEST_EXPERTS = 8
+"""Of fewer experts in a layer there is no telling which one is odd."""
+
+MOST_ROUNDING = 2.0**-4
+"""Half a step of a mantissa of three bits: rounding to FP8 changes no number of its normal range by more."""
+
+_NAMED = 5
+_MAD_TO_SIGMA = 1.4826  # of a normal distribution
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing that the figures say.
+
+    Attributes:
+        level: whether it is something to look into, to know, or to be glad of.
+        text: the finding.
+        rule: what makes it one.
+        names: tensors or experts that it speaks of, the first few.
+        count: how many there are.
+    """
+
+    level: Level
+    text: str
+    rule: str
+    names: tuple[str, ...] = ()
+    count: int = 0
+
+    @property
+    def more(self) -> int:
+        """How many are not named."""
+        return max(0, self.count - len(self.names))
+
+
+def findings(seen: Overview) -> tuple[Finding, ...]:
+    """All findings, those to look into first."""
+    found = [
+        *_changes(seen),
+        *_unusual(seen),
+        *_dead_experts(seen),
+        *_stray_experts(seen),
+        *_saturation(seen),
+        *_outliers(seen),
+        *_requantising(seen),
+        *_router_bias(seen),
+    ]
+    order: Sequence[Level] = ("warning", "note", "good")
+    return tuple(sorted(found, key=lambda finding: order.index(finding.level)))
+
+
+def expert_norms(seen: Overview) -> Floats:
+    """The norm of every expert, over all its matrices: float64 `[layers, experts]`."""
+    norms: Floats = np.sqrt(seen.grid(lambda each: each.squares).sum(-1))
+    return norms
+
+
+def robust_sigmas(norms: Floats) -> Floats:
+    """How far each norm is from the median of its layer, in robust standard deviations; both `[layers, experts]`.
+
+    The standard deviation is 1.4826 times the median absolute deviation; where that is zero, any distance is infinite.
+    """
+    distance = norms - np.median(norms, axis=1, keepdims=True)
+    sigma = _MAD_TO_SIGMA * np.median(np.abs(distance), axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(distance == 0, 0.0, distance / sigma)
+
+
+def percent(share: float) -> str:
+    """A share as text: `2.61 %`."""
+    return f"{100 * share:.3g} %"
+
+
+def _unusual(seen: Overview) -> Iterator[Finding]:
+    rule = "NaN or infinity in any tensor; a block scale that is zero, subnormal or negative"
+    for inspection, found in zip(seen.checkpoints, seen.unusual, strict=True):
+        by_what: dict[str, list[Unusual]] = {}
+        for each in found:
+            by_what.setdefault(each.what, []).append(each)
+        where = f" in {inspection.path}" if len(seen.checkpoints) > 1 else ""
+        for what, group in by_what.items():
+            text = f"{sum(each.count for each in group):,} times {what}{where}"
+            yield _about("warning", text, rule, [each.key for each in group])
+        if not found:
+            text = f"No NaN, no infinity, and no scale that is zero, subnormal or negative{where}"
+            yield Finding(level="good", text=text, rule=rule)
+
+
+def _dead_experts(seen: Overview) -> Iterator[Finding]:
+    dead = [each.key for each in seen.weights if each.expert is not None and each.squares == 0]
+    rule = "a matrix of an expert whose norm is zero"
+    if dead:
+        text = f"Dead experts: all zeros in {_s(len(dead), 'matrix', 'matrices')}"
+        yield _about("warning", text, rule, dead)
+    else:
+        yield Finding(level="good", text="No dead expert: every matrix of every expert has a norm", rule=rule)
+
+
+def _stray_experts(seen: Overview) -> Iterator[Finding]:
+    rule = (
+        f"an expert whose norm is more than {STRAY_SIGMAS:g} robust standard deviations (1.4826 x the median absolute "
+        f"deviation) from the median of its layer, in layers of {FEWEST_EXPERTS} experts or more"
+    )
+    if seen.config.num_local_experts < FEWEST_EXPERTS:
+        return
+    sigmas = robust_sigmas(expert_norms(seen))
+    places = np.argwhere(np.abs(sigmas) > STRAY_SIGMAS)
+    ranked = sorted(places.tolist(), key=lambda place: -abs(sigmas[tuple(place)]))
+    if ranked:
+        text = f"{_s(len(ranked), 'expert')} with a norm far from the layer's"
+        names = [f"layer {layer}, expert {expert} ({sigmas[layer, expert]:+.1f})" for layer, expert in ranked]
+        yield _about("note", text, rule, names)
+    else:
+        yield Finding(level="good", text="No expert has a norm far from its layer's", rule=rule)
+
+
+def _saturation(seen: Overview) -> Iterator[Finding]:
+    if not seen.codes.any():
+        return
+    rule = f"a matrix with more than {percent(SATURATED_SHARE)} of its FP8 codes at +-448"
+    shares = {each.key: each.scaled.saturated / each.elements for each in seen.weights if each.scaled}
+    over = sorted((key for key in shares if shares[key] > SATURATED_SHARE), key=lambda key: -shares[key])
+    if over:
+        text = f"Saturated codes in {_s(len(over), 'matrix', 'matrices')}, up to {percent(shares[over[0]])}"
+        yield _about("warning", text, rule, over)
+    else:
+        text = f"No saturated matrix: at most {percent(max(shares.values()))} of codes at +-448"
+        yield Finding(level="good", text=text, rule=rule)
+
+
+def _outliers(seen: Overview) -> Iterator[Finding]:
+    rule = (
+        f"a block whose largest magnitude is more than {OUTLIER_RATIO:g} times that of the median block of its matrix; "
+        "of a matrix the four largest are counted"
+    )
+    held = {each.key: each.scaled.outliers for each in seen.weights if each.scaled and each.scaled.outliers}
+    if held:
+        count = sum(map(len, held.values()))
+        names = sorted(held, key=lambda key: -held[key][0].ratio)
+        text = f"{_s(count, 'outlier block')} in {_s(len(names), 'matrix', 'matrices')}"
+        yield _about("note", f"{text}, up to {held[names[0]][0].ratio:.3g} times the median", rule, names)
+    else:
+        yield Finding(level="good", text="No outlier blocks", rule=rule)
+
+
+def _requantising(seen: Overview) -> Iterator[Finding]:
+    scaled = [each for each in seen.weights if each.scaled is not None]
+    errors = {each.key: ratio(each.scaled.errors, each.squares) for each in scaled if each.scaled}
+    known = {key: error for key, error in errors.items() if math.isfinite(error)}
+    if not known:
+        return
+    changed = sorted((key for key in known if known[key] > 0), key=lambda key: -known[key])
+    worst = f"at most {percent(known[changed[0]])}, {changed[0]}" if changed else ""
+    rule = "the root of the squared change over that of the weights, when each block is quantised anew by amax / 448"
+    if not seen.codes.any():
+        text = f"Quantising to FP8 by amax would change {len(changed):,} of {_s(len(known), 'weight')}"
+    elif changed:
+        text = f"Deriving the scales anew would change {len(changed):,} of {_s(len(known), 'FP8 weight')}"
+    else:
+        text = f"Deriving the scales anew would change none of {_s(len(known), 'FP8 weight')}"
+    yield Finding(level="note" if changed else "good", text=f"{text}: {worst}" if worst else text, rule=rule)
+
+
+def _router_bias(seen: Overview) -> Iterator[Finding]:
+    ranges = seen.router_bias.max(1) - seen.router_bias.min(1)
+    flat = [str(layer) for layer in np.flatnonzero(ranges == 0)]
+    if flat:
+        text = f"Router bias without effect in {_s(len(flat), 'layer')}"
+        yield _about("note", text, "a router bias that is the same for all experts", [f"layer {n}" for n in flat])
+
+
+def _changes(seen: Overview) -> Iterator[Finding]:
+    if len(seen.checkpoints) < 2:
+        return
+    pairs = [(each, each.change) for each in seen.weights if each.change is not None]
+    unpaired = [each.key for each, change in pairs if change.non_finite]
+    if unpaired:
+        rule = "an element that is NaN or infinite in one checkpoint, and something else in the other"
+        yield _about("warning", f"{_s(len(unpaired), 'tensor')} with numbers that only one of them has", rule, unpaired)
+    differing = [each for each, change in pairs if change.differing]
+    rule = "values compared in the less precise dtype of the two, FP8 dequantised, as `minimax-jax diff` does"
+    if not differing:
+        text = f"Nothing changed: all {_s(len(pairs), 'weight')} have the same values"
+        yield Finding(level="good", text=text, rule=rule)
+    elif seen.quantised:
+        yield from _quantisation(seen, differing)
+    else:
+        share = percent(seen.change(seen.weights))
+        text = f"{len(differing):,} of {_s(len(pairs), 'weight')} changed, by {share} over all"
+        yield Finding(level="note", text=text, rule=f"{rule}; the root of the squared change over that of the weights")
+        yield from _moved(seen)
+
+
+def _quantisation(seen: Overview, differing: list[Figures]) -> Iterator[Finding]:
+    rule = (
+        "the root of the squared difference over that of the weights in floats; "
+        f"above {percent(MOST_ROUNDING)} it is more than rounding to three bits of mantissa gives"
+    )
+    changes = {each.key: seen.change([each]) for each in differing}
+    over = sorted((key for key in changes if changes[key] > MOST_ROUNDING), key=lambda key: -changes[key])
+    text = f"Quantisation error: {percent(seen.change(seen.weights))} over all"
+    if over:
+        yield _about("warning", f"{text}; more than rounding explains in {_s(len(over), 'weight')}", rule, over)
+    else:
+        worst = max(changes, key=lambda key: changes[key])
+        yield Finding(level="note", text=f"{text}, at most {percent(changes[worst])}, {worst}", rule=rule)
+
+
+def _moved(seen: Overview) -> Iterator[Finding]:
+    squares = seen.grid(change_squares).sum(-1)
+    moved = int(np.count_nonzero(squares))
+    total = math.fsum(map(change_squares, seen.weights))
+    rule = "an expert moved when an element of its matrices did; shares are of the sum of squared changes"
+    if not moved:
+        yield Finding(level="note", text="No expert moved: what changed lies outside of them", rule=rule)
+        return
+    largest = np.sort(squares, axis=None)[::-1][: max(1, squares.size // 10)]
+    text = f"{moved:,} of {_s(squares.size, 'expert')} moved and hold {percent(squares.sum() / total)} of the change"
+    tenth = f"the tenth of them that moved most holds {percent(largest.sum() / total)}"
+    yield Finding(level="note", text=f"{text}; {tenth}", rule=rule)
+
+
+def _about(level: Level, text: str, rule: str, names: Sequence[str]) -> Finding:
+    return Finding(level=level, text=text, rule=rule, names=tuple(names[:_NAMED]), count=len(names))
+
+
+def _s(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"

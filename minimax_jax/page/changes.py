@@ -1,0 +1,83 @@
+"""What changed between two checkpoints: the section of a report that tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from plotly.graph_objects import Figure
+
+from minimax_jax.jobs.findings import percent
+from minimax_jax.jobs.overview import Figures, Overview, change_squares, ratios
+from minimax_jax.layout.table import cut_at_layer
+from minimax_jax.page import plots
+from minimax_jax.page.names import expert_name, matrix_names, weight_name
+from minimax_jax.page.parts import Section, Table, per_layer
+from minimax_jax.page.plots import Plot
+
+_LISTED = 20
+
+
+def changes(seen: Overview) -> Section:
+    """The section: a map of experts, one of all else, and the ranked lists."""
+    first, second = (str(inspection.path) for inspection in seen.checkpoints)
+    base = (first, second)[seen.base]
+    title = "Quantisation error" if seen.quantised else "What changed"
+    note = f"Root of the squared difference over that of the weights of {base}, over an expert's matrices."
+    maps = (
+        Plot(name="changes", title="By expert", note=note, figure=_expert_map(seen)),
+        Plot(name="changes-others", title="Everything else", note="The same, weight by weight.", figure=_others(seen)),
+    )
+    text = f"From {first} to {second}."
+    return Section(title=title, text=text, plots=maps, tables=tuple(_tables(seen)))
+
+
+def _expert_map(seen: Overview) -> Figure:
+    squares = seen.grid(change_squares)
+    bases = seen.grid(seen.base_squares)
+    parts = 100 * ratios(squares, bases)
+    hover = [f"<b>{expert_name(seen)}</b>", "changed by %{z:.4g} %"]
+    hover += [f"{name}: %{{customdata[{n}]:.4g}} %" for n, name in enumerate(matrix_names(seen))]
+    return plots.heat_map(100 * ratios(squares.sum(-1), bases.sum(-1)), hover, told=parts, unit=" %")
+
+
+def _others(seen: Overview) -> Figure:
+    kinds = per_layer(seen, lambda each: 100 * seen.change([each]))
+    labels = [cut_at_layer(weight_name(seen, kind, "0"))[2] for kind in kinds]
+    prefix = "".join(cut_at_layer(weight_name(seen, next(iter(kinds)), "%{y}"))[:1])
+    hover = [f"<b>{prefix}%{{x}}</b>", "changed by %{z:.4g} %"]
+    return plots.heat_map(np.array(list(kinds.values())).T, hover, unit=" %", rows=labels)
+
+
+def _tables(seen: Overview) -> Iterator[Table]:
+    by_expert: dict[tuple[int, int], list[Figures]] = {}
+    others: dict[tuple[int, int], list[Figures]] = {}
+    for n, each in enumerate(seen.weights):
+        if each.expert is not None and each.layer is not None:
+            by_expert.setdefault((each.layer, each.expert), []).append(each)
+        else:
+            others[n, 0] = [each]
+    name = expert_name(seen).replace("%{y}", "{y}").replace("%{x}", "{x}")
+    experts = {name.format(y=layer, x=expert): group for (layer, expert), group in by_expert.items()}
+    yield _ranked("Experts that moved most", seen, experts)
+    yield _ranked("Everything else that moved", seen, {group[0].key: group for group in others.values()})
+
+
+def _ranked(title: str, seen: Overview, groups: dict[str, list[Figures]]) -> Table:
+    moved = {name: group for name, group in groups.items() if any(map(_differs, group))}
+    shares = {name: seen.change(group) for name, group in moved.items()}
+    ranked = sorted(moved, key=lambda name: -shares[name])[:_LISTED]
+    rows = tuple((name, percent(shares[name]), *_told(moved[name])) for name in ranked)
+    told = f"{title} ({len(ranked)} of {len(moved):,})" if moved else f"{title}: none"
+    return Table(title=told, columns=("name", "relative change", "largest", "elements"), rows=rows)
+
+
+def _differs(each: Figures) -> bool:
+    return each.change is not None and each.change.differing > 0
+
+
+def _told(group: Iterable[Figures]) -> tuple[str, str]:
+    """Largest difference, and share of the elements that differ."""
+    pairs = [(each, each.change) for each in group if each.change is not None]
+    differing = sum(change.differing for _, change in pairs) / sum(each.elements for each, _ in pairs)
+    return f"{max(change.max_abs for _, change in pairs):.4g}", percent(differing)

@@ -1,0 +1,203 @@
+"""The kinds of plots that a report has, as plotly figures. Colours and sizes that depend on the reader are the page's.
+
+Arrays go into the page as float32 in base64, so that a map of all experts takes 85 kB.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import plotly.graph_objects as go
+from plotly.graph_objects import Figure
+
+Array = npt.NDArray[Any]
+
+_CLIPPED = 0.005
+"""The share of a map's values at each end beyond which colours do not tell them apart: hovering does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A plot in a page.
+
+    Attributes:
+        name: id of its element.
+        title: what it shows.
+        note: how to read it, in plain text.
+        figure: the plotly figure.
+    """
+
+    name: str
+    title: str
+    note: str
+    figure: Figure
+
+
+def heat_map(
+    values: Array,
+    hover: Sequence[str],
+    *,
+    told: Array | None = None,
+    unit: str = "",
+    rows: Sequence[str] = (),
+    diverging: bool = False,
+) -> Figure:
+    """A map of experts: `values [layers, experts]`, layer 0 on top.
+
+    Args:
+        values: what the colours show; NaN leaves a hole.
+        hover: lines to show for a cell, in plotly's templates: `%{x}`, `%{y}`, `%{z}`, `%{customdata[0]}`.
+        told: further numbers for these, `[layers, experts, numbers]`.
+        unit: beside the numbers of the colour bar.
+        rows: names of the columns, where they are not experts.
+        diverging: whether colours are of both sides of zero.
+    """
+    low, high = _color_range(values, diverging=diverging)
+    cells = go.Heatmap(
+        z=values.astype(np.float32),
+        x=list(rows) or None,
+        customdata=None if told is None else told.astype(np.float32),
+        hovertemplate="<br>".join(hover) + "<extra></extra>",
+        hoverongaps=False,
+        zmin=low,
+        zmax=high,
+        coloraxis=None,
+        colorbar={"thickness": 10, "len": 1.0, "outlinewidth": 0, "ticksuffix": unit, "xpad": 6},
+        meta="diverging" if diverging else "sequential",
+    )
+    figure = _figure(cells)
+    figure.update_xaxes(title=None if rows else "expert", showgrid=False, zeroline=False, constrain="domain")
+    figure.update_yaxes(title="layer", autorange="reversed", showgrid=False, zeroline=False, **_whole(len(values)))
+    return figure
+
+
+def bars(names: Sequence[str], values: Sequence[float], hover: str, told: Sequence[Any] = ()) -> Figure:
+    """Horizontal bars, the first on top."""
+    figure = _figure(
+        go.Bar(
+            y=list(names), x=list(values), orientation="h", customdata=list(told), hovertemplate=hover, meta="accent"
+        )
+    )
+    figure.update_yaxes(autorange="reversed", automargin=True, ticksuffix=" ")
+    return figure
+
+
+def histogram(values: Sequence[float], shares: Array, hover: str, told: Array) -> Figure:
+    """How often each of some values occurs, in per cent; the bars stand side by side, whatever the values are."""
+    figure = _figure(go.Bar(x=np.arange(len(values)), y=shares, customdata=told, hovertemplate=hover, meta="accent"))
+    ticks = [n for n, value in enumerate(values) if abs(value) in (0, 2**-6, 2**-3, 1, 8, 64, 448)]
+    labels = [f"{values[n]:g}" for n in ticks]
+    figure.update_xaxes(tickvals=ticks, ticktext=labels, title="value of the code, in order", showgrid=False)
+    figure.update_yaxes(title="share of codes", ticksuffix=" %", rangemode="tozero")
+    figure.update_layout(bargap=0)
+    return figure
+
+
+def lines(
+    x: Sequence[int],
+    series: Mapping[str, Sequence[float]],
+    hover: Mapping[str, str],
+    *,
+    scale: Literal["linear", "log"],
+) -> Figure:
+    """One line for each series, over the layers."""
+    dashes = itertools.cycle(["solid", "dash", "dot", "dashdot"])
+    figure = _figure(
+        *(
+            go.Scatter(
+                x=list(x),
+                y=list(y),
+                name=name,
+                mode="lines+markers",
+                line={"width": 1.5, "dash": dash},
+                marker={"size": 4},
+                hovertemplate=hover[name] + "<extra></extra>",
+                meta="series",
+            )
+            for (name, y), dash in zip(series.items(), dashes, strict=False)
+        )
+    )
+    figure.update_xaxes(title="layer", **_whole(len(x)))
+    figure.update_yaxes(type=scale, exponentformat="power", **({"dtick": 1} if scale == "log" else {}))
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0})
+    return figure
+
+
+def band(x: Sequence[int], quantiles: Array, hover: str) -> Figure:
+    """The spread of something in each layer: `quantiles [5, layers]` are minimum, quartiles, median and maximum."""
+    low, lower, middle, upper, high = quantiles
+    edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+    hidden, area = {**edge, "showlegend": False}, {**edge, "fill": "tonexty", "meta": "area"}
+    figure = _figure(
+        go.Scatter(x=list(x), y=low, **hidden),
+        go.Scatter(
+            x=list(x), y=high, name="least to largest", fill="tonexty", **{**edge, "showlegend": True}, meta="area"
+        ),
+        go.Scatter(x=list(x), y=lower, **hidden),
+        go.Scatter(x=list(x), y=upper, name="middle half", **area),
+        go.Scatter(
+            x=list(x),
+            y=middle,
+            name="median",
+            mode="lines+markers",
+            line={"width": 2},
+            marker={"size": 4},
+            customdata=quantiles.T,
+            hovertemplate=hover + "<extra></extra>",
+            meta="accent",
+        ),
+    )
+    figure.update_xaxes(title="layer", **_whole(len(x)))
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0})
+    return figure
+
+
+def points(x: Sequence[Any], y: Sequence[float], told: Sequence[Any], hover: str, titles: tuple[str, str]) -> Figure:
+    """A dot for each of a few things."""
+    figure = _figure(
+        go.Scatter(
+            x=list(x),
+            y=list(y),
+            mode="markers",
+            marker={"size": 7, "opacity": 0.75},
+            customdata=list(told),
+            hovertemplate=hover + "<extra></extra>",
+            meta="accent",
+        )
+    )
+    figure.update_xaxes(title=titles[0])
+    figure.update_yaxes(title=titles[1], rangemode="tozero")
+    return figure
+
+
+def _figure(*traces: Any) -> Figure:
+    layout = {
+        "template": "none",
+        "margin": {"l": 56, "r": 12, "t": 12, "b": 44},
+        "hoverlabel": {"align": "left", "namelength": -1},
+        "showlegend": False,
+        "dragmode": False,
+    }
+    return Figure(data=list(traces), layout=layout)
+
+
+def _whole(count: int) -> dict[str, Any]:
+    """Ticks at whole numbers, also where there are few."""
+    return {"dtick": 1} if count <= 8 else {"tick0": 0}
+
+
+def _color_range(values: Array, *, diverging: bool) -> tuple[float, float]:
+    """Where colours begin and end; never the same number twice, which plotly takes for no range."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 0.0, 1.0
+    if diverging:
+        reach = float(np.quantile(np.abs(finite), 1 - _CLIPPED)) or 1.0
+        return -reach, reach
+    low, high = (float(end) for end in np.quantile(finite, (_CLIPPED, 1 - _CLIPPED)))
+    return (low, high) if high > low else (low, low + (abs(low) or 1.0))
