@@ -103,7 +103,8 @@ def total(parts: Iterable[Difference]) -> Difference:
 
 def _difference(a: Array, b: Array) -> Difference:
     """Of two vectors of one float dtype."""
-    x, y = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        x, y = a.astype(np.float64), b.astype(np.float64)
     differs = (x != y) & ~(np.isnan(x) & np.isnan(y))
     finite = np.isfinite(x) & np.isfinite(y)
     steps = np.abs(_ordered(a) - _ordered(b))[finite]

@@ -138,7 +138,8 @@ def float_figures(tensor: Array) -> tuple[float, float]:
     squares = amax = 0.0
     flat = tensor.reshape(-1)
     for start in range(0, flat.size, _AT_ONCE):
-        wide = flat[start : start + _AT_ONCE].astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN
+            wide = flat[start : start + _AT_ONCE].astype(np.float64)
         wide = wide[np.isfinite(wide)]
         squares += float(np.dot(wide, wide))
         amax = max(amax, float(np.abs(wide).max(initial=0.0)))

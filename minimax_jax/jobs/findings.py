@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from minimax_jax.io.jsonfile import shown
 from minimax_jax.jobs.figures import OUTLIER_RATIO, Floats
 from minimax_jax.jobs.numbers import Unusual
 from minimax_jax.jobs.overview import Figures, Overview, change_squares, ratio
@@ -16,7 +18,7 @@ from minimax_jax.jobs.overview import Figures, Overview, change_squares, ratio
 Level: TypeAlias = Literal["warning", "note", "good"]
 
 SATURATED_SHARE = 0.01
-"""More codes of +-448 than this in a matrix: a block scaled by amax needs one of its 16,384."""
+"""More codes of +-448 than this in a matrix, and the one in each block that scaling by amax gives, are odd."""
 
 STRAY_SIGMAS = 6.0
 """Farther than this from the median of its layer, in robust standard deviations, the norm of an expert is odd."""
@@ -59,6 +61,7 @@ def findings(seen: Overview) -> tuple[Finding, ...]:
     """All findings, those to look into first."""
     found = [
         *_changes(seen),
+        *_left_out(seen),
         *_unusual(seen),
         *_dead_experts(seen),
         *_stray_experts(seen),
@@ -139,9 +142,10 @@ def _stray_experts(seen: Overview) -> Iterator[Finding]:
 def _saturation(seen: Overview) -> Iterator[Finding]:
     if not seen.codes.any():
         return
-    rule = f"a matrix with more than {percent(SATURATED_SHARE)} of its FP8 codes at +-448"
+    rule = f"a matrix with more than {percent(SATURATED_SHARE)} of its FP8 codes at +-448, and one in each block"
     shares = {each.key: each.scaled.saturated / each.elements for each in seen.weights if each.scaled}
-    over = sorted((key for key in shares if shares[key] > SATURATED_SHARE), key=lambda key: -shares[key])
+    allowed = {each.key: SATURATED_SHARE + each.scaled.blocks / each.elements for each in seen.weights if each.scaled}
+    over = sorted((key for key in shares if shares[key] > allowed[key]), key=lambda key: -shares[key])
     if over:
         text = f"Saturated codes in {_s(len(over), 'matrix', 'matrices')}, up to {percent(shares[over[0]])}"
         yield _about("warning", text, rule, over)
@@ -172,15 +176,16 @@ def _requantising(seen: Overview) -> Iterator[Finding]:
     if not known:
         return
     changed = sorted((key for key in known if known[key] > 0), key=lambda key: -known[key])
-    worst = f"at most {percent(known[changed[0]])}, {changed[0]}" if changed else ""
     rule = "the root of the squared change over that of the weights, when each block is quantised anew by amax / 448"
-    if not seen.codes.any():
-        text = f"Quantising to FP8 by amax would change {len(changed):,} of {_s(len(known), 'weight')}"
-    elif changed:
-        text = f"Deriving the scales anew would change {len(changed):,} of {_s(len(known), 'FP8 weight')}"
+    what = "Deriving the scales anew" if seen.codes.any() else "Quantising to FP8 by amax"
+    if changed:
+        kind = "FP8 weight" if seen.codes.any() else "weight"
+        text = (
+            f"{what} would change {len(changed):,} of {_s(len(known), kind)}, by {percent(known[changed[0]])} at most"
+        )
+        yield _about("note", text, rule, changed)
     else:
-        text = f"Deriving the scales anew would change none of {_s(len(known), 'FP8 weight')}"
-    yield Finding(level="note" if changed else "good", text=f"{text}: {worst}" if worst else text, rule=rule)
+        yield Finding(level="good", text=f"{what} would change none of {_s(len(known), 'weight')}", rule=rule)
 
 
 def _router_bias(seen: Overview) -> Iterator[Finding]:
@@ -189,6 +194,14 @@ def _router_bias(seen: Overview) -> Iterator[Finding]:
     if flat:
         text = f"Router bias without effect in {_s(len(flat), 'layer')}"
         yield _about("note", text, "a router bias that is the same for all experts", [f"layer {n}" for n in flat])
+
+
+def _left_out(seen: Overview) -> Iterator[Finding]:
+    for each in itertools.chain(*(inspection.left_out for inspection in seen.checkpoints)):
+        count = _s(len(each.keys), "tensor")
+        why = "config.json announces them, as modules for multi-token prediction" if each.announced else "as asked"
+        text = f"{count} that the figures leave out: {why}"
+        yield _about("note", text, f"names that begin with {shown(each.prefix)}", [shown(key) for key in each.keys])
 
 
 def _changes(seen: Overview) -> Iterator[Finding]:
@@ -224,8 +237,8 @@ def _quantisation(seen: Overview, differing: list[Figures]) -> Iterator[Finding]
     if over:
         yield _about("warning", f"{text}; more than rounding explains in {_s(len(over), 'weight')}", rule, over)
     else:
-        worst = max(changes, key=lambda key: changes[key])
-        yield Finding(level="note", text=f"{text}, at most {percent(changes[worst])}, {worst}", rule=rule)
+        ranked = sorted(changes, key=lambda key: -changes[key])
+        yield _about("note", f"{text}, {percent(changes[ranked[0]])} at most", rule, ranked)
 
 
 def _moved(seen: Overview) -> Iterator[Finding]:

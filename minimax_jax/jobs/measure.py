@@ -154,6 +154,7 @@ def _scaled_figures(weight: Weight) -> tuple[Scaled, Blocks, Counts]:
         blocks = code_blocks(histograms, weight.scales)
         codes = histograms.sum((0, 1))
     scaled = Scaled(
+        blocks=blocks.amax.size,
         spread=spread(blocks),
         errors=float(blocks.errors.sum()),
         saturated=int(codes[[*LARGEST_CODES]].sum()),

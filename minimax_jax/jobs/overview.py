@@ -57,6 +57,7 @@ class Scaled:
     """The figures of a weight that is block-scaled FP8 in the published form, however it is stored here.
 
     Attributes:
+        blocks: how many blocks it has.
         spread: binary logarithm of the largest block scale over the smallest; scales by amax where none are stored.
         errors: sum of squares of what quantising it by amax changes; NaN where that cannot be done.
         saturated: codes of +-448; 0 where it is stored as floats, and so the next one.
@@ -64,6 +65,7 @@ class Scaled:
         outliers: the blocks that stand out most.
     """
 
+    blocks: int
     spread: float
     errors: float
     saturated: int

@@ -30,12 +30,14 @@ class Plot:
         title: what it shows.
         note: how to read it, in plain text.
         figure: the plotly figure.
+        tall: whether it takes more height than most.
     """
 
     name: str
     title: str
     note: str
     figure: Figure
+    tall: bool = False
 
 
 def heat_map(
@@ -77,23 +79,25 @@ def heat_map(
 
 
 def bars(names: Sequence[str], values: Sequence[float], hover: str, told: Sequence[Any] = ()) -> Figure:
-    """Horizontal bars, the first on top."""
-    figure = _figure(
-        go.Bar(
-            y=list(names), x=list(values), orientation="h", customdata=list(told), hovertemplate=hover, meta="accent"
-        )
-    )
-    figure.update_yaxes(autorange="reversed", automargin=True, ticksuffix=" ")
+    """Horizontal bars, the first on top, each under its name: a margin for names would take all of a narrow page."""
+    cells = {"customdata": list(told), "hovertemplate": hover, "meta": "accent"}
+    figure = _figure(go.Bar(y=list(range(len(names))), x=list(values), orientation="h", width=0.36, **cells))
+    for n, name in enumerate(names):
+        figure.add_annotation(x=0, y=n - 0.2, text=name, showarrow=False, xanchor="left", yanchor="bottom")
+    figure.update_annotations(borderpad=0)
+    figure.update_xaxes(range=[0, 1.04 * max(values)])
+    figure.update_yaxes(range=[len(names) - 0.5, -0.8], showticklabels=False, showgrid=False, zeroline=False)
+    figure.update_layout(margin={"l": 8, "b": 28})
     return figure
 
 
 def histogram(values: Sequence[float], shares: Array, hover: str, told: Array) -> Figure:
     """How often each of some values occurs, in per cent; the bars stand side by side, whatever the values are."""
     figure = _figure(go.Bar(x=np.arange(len(values)), y=shares, customdata=told, hovertemplate=hover, meta="accent"))
-    ticks = [n for n, value in enumerate(values) if abs(value) in (0, 2**-6, 2**-3, 1, 8, 64, 448)]
-    labels = [f"{values[n]:g}" for n in ticks]
-    figure.update_xaxes(tickvals=ticks, ticktext=labels, title="value of the code, in order", showgrid=False)
-    figure.update_yaxes(title="share of codes", ticksuffix=" %", rangemode="tozero")
+    ticks = {f"{value + 0.0:g}": n for n, value in enumerate(values) if abs(value) in (0, 2**-3, 1, 8, 64, 448)}
+    figure.update_xaxes(tickvals=list(ticks.values()), ticktext=list(ticks), tickangle=0, showgrid=False)
+    figure.update_layout(margin_b=28)
+    figure.update_yaxes(ticksuffix=" %", rangemode="tozero")
     figure.update_layout(bargap=0)
     return figure
 
@@ -124,7 +128,9 @@ def lines(
     )
     figure.update_xaxes(title="layer", **_whole(len(x)))
     figure.update_yaxes(type=scale, exponentformat="power", **({"dtick": 1} if scale == "log" else {}))
-    figure.update_layout(showlegend=True, legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0})
+    figure.update_layout(
+        showlegend=True, legend={"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0}
+    )
     return figure
 
 

@@ -47,7 +47,11 @@ def _sizes(seen: Overview) -> Section:
     figure = plots.bars(names, [100 * kinds[kind].nbytes / total for kind in ranked], hover, told)
     figure.update_xaxes(ticksuffix=" %")
     plot = Plot(
-        name="sizes", title="Size by kind", note="Share of all bytes; scales count with their weights.", figure=figure
+        name="sizes",
+        title="Size by kind",
+        note="Share of all bytes; scales count with their weights.",
+        figure=figure,
+        tall=True,
     )
     rows = [(name, each[1], each[2]) for name, each in zip(names, told, strict=True)]
     table = Table(title="Every kind", columns=("kind", "size", "tensors"), rows=tuple(rows), folded=True)
@@ -99,7 +103,10 @@ def _codes(seen: Overview) -> Section:
     hover = "<b>code %{customdata[0]}</b> = %{customdata[1]}<br>%{customdata[2]} times, %{y:.3g} %<extra></extra>"
     figure = plots.histogram([float(CODE_VALUES[code]) for code in order], 100 * counts / total, hover, told)
     used, nans = int(np.count_nonzero(counts)), int(total - counts.sum())
-    note = f"{used} of the 254 codes that are numbers occur, over {total:,} weights; {nans:,} are NaN."
+    note = (
+        "Share of each code, in the order of what it stands for. "
+        f"{used} of the 254 codes that are numbers occur, over {total:,} weights; {nans:,} are NaN."
+    )
     return Section(title="FP8 codes in use", text="", plots=(Plot(name="codes", title="", note=note, figure=figure),))
 
 
@@ -164,8 +171,8 @@ def _others(seen: Overview) -> Section:
         {label: hover[kind] for label, kind in labelled.items()},
         scale="log",
     )
-    figure.update_yaxes(title="root mean square")
-    plot = Plot(name="others", title="In each layer", note="", figure=figure)
+    note = "Root mean square; a logarithmic scale."
+    plot = Plot(name="others", title="In each layer", note=note, figure=figure, tall=True)
     outside = [each for each in seen.weights if each.layer is None]
     rows = tuple((each.key, f"{np.sqrt(each.squares / each.elements):.5g}", f"{each.amax:.4g}") for each in outside)
     table = Table(title="Outside of the layers", columns=("weight", "root mean square", "largest magnitude"), rows=rows)

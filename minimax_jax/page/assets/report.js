@@ -1,6 +1,14 @@
 // Draws every figure into the element of its name, in the colours of the page, and again when those change.
 "use strict";
 
+// plotly is packed into the page, which would be three times as large without.
+async function unpack(name) {
+  const packed = Uint8Array.from(atob(document.getElementById(name).textContent), (char) => char.charCodeAt(0));
+  const script = document.createElement("script");
+  script.textContent = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  document.head.append(script);
+}
+
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
@@ -36,28 +44,56 @@ function painted(trace, theme, counts) {
   return trace;
 }
 
-function draw(theme) {
-  const axis = { color: theme.faint, gridcolor: theme.line, zerolinecolor: theme.line, linecolor: theme.line };
+function laidOut(layout, theme) {
   const narrow = window.matchMedia("(max-width: 40rem)").matches;
-  return Promise.all(Object.entries(figures).map(([name, figure]) => {
-    const counts = { area: 0, series: 0 };
-    const { xaxis, yaxis, margin } = figure.layout;
-    return Plotly.react(name, figure.data.map((trace) => painted(trace, theme, counts)), {
-      ...figure.layout,
-      margin: narrow ? { ...margin, l: 40, r: 4 } : margin,
-      xaxis: { ...xaxis, ...axis },
-      yaxis: { ...yaxis, ...axis },
-      font: { color: theme.ink, size: 12, family: getComputedStyle(document.body).fontFamily },
-      paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
-      hoverlabel: { ...figure.layout.hoverlabel, bgcolor: theme.hover, bordercolor: theme.hover, font: { color: theme.hoverInk, size: 12 } },
-    }, { responsive: true, displayModeBar: false, showTips: false });
-  }));
+  const axis = { color: theme.faint, gridcolor: theme.line, zerolinecolor: theme.line, linecolor: theme.line };
+  const margin = narrow ? { ...layout.margin, l: Math.min(layout.margin.l, 42), r: 4 } : layout.margin;
+  return {
+    ...layout,
+    margin,
+    xaxis: { ...layout.xaxis, ...axis },
+    yaxis: { ...layout.yaxis, ...axis },
+    font: { color: theme.ink, size: narrow ? 11 : 12, family: getComputedStyle(document.body).fontFamily },
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    hoverlabel: { ...layout.hoverlabel, bgcolor: theme.hover, bordercolor: theme.hover, font: { color: theme.hoverInk, size: 12 } },
+  };
+}
+
+function draw(name, theme) {
+  const counts = { area: 0, series: 0 };
+  const { data, layout } = figures[name];
+  const traces = data.map((trace) => painted(trace, theme, counts));
+  return Plotly.react(name, traces, laidOut(layout, theme), { responsive: true, displayModeBar: false, showTips: false });
+}
+
+// One after the other, so that the page answers in between; a later call takes over from an earlier one.
+let latest = 0;
+async function drawAll(theme) {
+  const own = ++latest;
+  delete document.body.dataset.drawn;
+  for (const name of Object.keys(figures)) {
+    await draw(name, theme);
+    await new Promise((next) => setTimeout(next));
+    if (own !== latest) return;
+  }
+  document.body.dataset.drawn = theme === themes.dark ? "dark" : "light";
 }
 
 const current = () => (dark.matches ? themes.dark : themes.light);
-const drawn = () => { document.body.dataset.drawn = dark.matches ? "dark" : "light"; };
-draw(current()).then(drawn);
-dark.addEventListener("change", () => { delete document.body.dataset.drawn; draw(current()).then(drawn); });
-window.addEventListener("beforeprint", () => { document.querySelectorAll("details").forEach((each) => { each.open = true; }); draw(themes.light); });
-window.addEventListener("afterprint", () => draw(current()));
+
+function start() {
+  drawAll(current());
+  dark.addEventListener("change", () => drawAll(current()));
+  // Paper is light, and what is folded cannot be opened there.
+  window.addEventListener("beforeprint", () => {
+    document.querySelectorAll("details").forEach((each) => { each.open = true; });
+    Object.keys(figures).forEach((name) => draw(name, themes.light));
+  });
+  window.addEventListener("afterprint", () => drawAll(current()));
+}
+
+unpack("plotly").then(start, (error) => {
+  document.getElementById("failed").hidden = false;
+  throw error;
+});
