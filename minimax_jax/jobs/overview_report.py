@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minimax_jax.display import size
 from minimax_jax.jobs.findings import Finding, findings
 from minimax_jax.jobs.left_out import left_out_json
 from minimax_jax.jobs.overview import Overview
-from minimax_jax.jobs.report import size
 
 SHOWN = 3
 """How many names are shown of a finding, unless all that it has are asked for."""

@@ -13,9 +13,9 @@ import plotly.offline
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from minimax_jax.display import size
 from minimax_jax.jobs.findings import findings
 from minimax_jax.jobs.overview import Overview
-from minimax_jax.jobs.report import size
 from minimax_jax.page.parts import Section
 from minimax_jax.page.sections import sections
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from minimax_jax.display import size
 from minimax_jax.jobs.figures import CODE_VALUES, OUTLIER_RATIO
 from minimax_jax.jobs.findings import expert_norms, robust_sigmas
 from minimax_jax.jobs.overview import Figures, Overview, ratios
-from minimax_jax.jobs.report import size
 from minimax_jax.layout.table import cut_at_layer
 from minimax_jax.page import plots
 from minimax_jax.page.changes import changes
