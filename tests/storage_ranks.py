@@ -1,5 +1,7 @@
 """Scenarios of storage for several processes over gloo: each is run by every rank and raises if anything is wrong."""
 
+import contextlib
+
 import folders
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch_modules import tensors_of
 
 from minimax_jax.errors import CheckpointError, JobError, LayoutError, NumericError, Problem
+from minimax_jax.io import folder as folder_io
 from minimax_jax.jobs.team import PeerFailed
 from torch_bridge import dcp, load_into, save_hf
 from torch_bridge import ranks as storage
@@ -149,6 +152,30 @@ def save_stopped_in_one_rank_ends_on_all(_sources, folder):
             assert not (folder / name).exists()
             dist.barrier()
             assert not list(folder.glob(f".{name}*"))
+
+
+@scenario
+def dcp_stopped_in_the_writer_ends_on_all(_sources, folder):
+    mesh, experts = next(meshes())
+    tensors = sharded(native(), mesh, experts)
+    for number, place in enumerate(("__enter__", "__exit__")):
+        path = folder / f"halted-{number}"
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(BaseException) as caught:
+            patch.setattr("torch_bridge.ranks.appearing", lambda path, place=place: halting(path, place))
+            dcp.save(tensors, path, CONFIG)
+        assert caught.type is (KeyboardInterrupt if dist.get_rank() == 0 else PeerFailed), caught.value
+        assert not path.exists()
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def halting(path, place):
+    """`appearing`, stopped before the folder is made or before it gets its name."""
+    if place == "__enter__":
+        raise KeyboardInterrupt
+    with folder_io.appearing(path) as made:
+        yield made
+        raise KeyboardInterrupt
 
 
 def stops_at(patch, count, error):

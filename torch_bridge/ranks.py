@@ -64,20 +64,21 @@ def appearing_for_all(destination: str | Path) -> Iterator[Path]:
     Where torch is distributed this is a collective, and the block must end well, or fail, on all ranks alike.
 
     Raises:
-        JobError: as `appearing`, on every rank.
+        JobError: as `appearing`, on every rank; PeerFailed where rank 0 was stopped or failed by something else.
     """
     with contextlib.ExitStack() as stack:
-        folder, failure = None, None
+        folder: Path | None = None
+        failure: BaseException | None = None
         if writes():
             try:
                 folder = stack.enter_context(appearing(destination))
-            except CheckpointError as error:
+            except BaseException as error:  # the others wait: they are told of it, and it is raised again
                 failure = error
         yield agree(folder, failure)
         failure = None
         try:
             stack.close()
-        except CheckpointError as error:
+        except BaseException as error:
             failure = error
         agree(None, failure)
 
@@ -114,29 +115,35 @@ class Together:
             raise failed[0](failed[1])
 
     def _tell(self, error: BaseException | None) -> list[_Failure | None]:
-        told: _Failure | None = None
-        if error is not None:
-            told = (type(error), error.problems) if isinstance(error, CheckpointError) else (PeerFailed, (_LOST,))
+        told = _told(error)
         everyone: list[_Failure | None] = [None] * dist.get_world_size()
         with uninterrupted():
             dist.all_gather_object(everyone, told)
         return everyone
 
 
-def agree(result: _T | None, failure: CheckpointError | None) -> _T:
+def agree(result: _T | None, failure: BaseException | None) -> _T:
     """The result of the rank that writes, on every rank.
 
     Raises:
-        CheckpointError: its failure, on every rank.
+        CheckpointError: its failure, on every rank; on the others PeerFailed where it was no error of this library.
     """
     if together():
-        told = [(result, None if failure is None else (type(failure), failure.problems))]
-        dist.broadcast_object_list(told, src=WRITER)
+        told = [(result, _told(failure))]
+        with uninterrupted():
+            dist.broadcast_object_list(told, src=WRITER)
         result, failed = told[0]
         failure = failure or (None if failed is None else failed[0](failed[1]))
     if failure is not None:
         raise failure
     return cast(_T, result)
+
+
+def _told(error: BaseException | None) -> _Failure | None:
+    """What other ranks are told of an error."""
+    if error is None:
+        return None
+    return (type(error), error.problems) if isinstance(error, CheckpointError) else (PeerFailed, (_LOST,))
 
 
 def _travel(home: Home, box: Region, holder: int) -> torch.Tensor | None:
