@@ -145,7 +145,7 @@ def test_floats_are_measured_as_what_fp8_would_make_of_them(made):
         amax = np.array([np.abs(part.astype(np.float64)).max() for part in blocks_of(weight).values()])
         assert seen[key].squares == pytest.approx(np.square(weight.astype(np.float64)).sum(), rel=1e-12)
         assert seen[key].scaled.spread == pytest.approx(np.log2(amax.max() / amax.min()), rel=1e-12)
-        assert seen[key].scaled.errors == pytest.approx(requantised(weight), rel=1e-5)  # restored in float32
+        assert seen[key].scaled.errors == pytest.approx(requantised(weight), rel=1e-9)
 
 
 def test_a_layout_does_not_change_a_figure(made, seen):
@@ -179,11 +179,12 @@ def test_what_is_not_finite_counts_as_zero_and_is_told(made, other):
 
     folders.edit(other, BIAS, poison)
     folders.flip_bit(other, NORM, 14)
-    seen, norm = overview(other), folders.arrays(other)[NORM].astype(np.float64)
-    norm = norm[np.isfinite(norm)]
+    seen, norm = overview(other), folders.arrays(other)[NORM]
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        norm = norm[np.isfinite(norm)].astype(np.float64)
     assert by_key(seen)[NORM].squares == pytest.approx(np.square(norm).sum(), rel=1e-12)
     assert {each.key for each in seen.unusual[0]} >= {BIAS}
-    assert any(text.startswith("1 times NaN") for text in found(seen, level="warning"))
+    assert any(text.startswith("2 times NaN") for text in found(seen, level="warning"))
     render(seen)
 
 

@@ -99,17 +99,20 @@ def code_blocks(histograms: npt.NDArray[np.int64], scale_inv: Array) -> Blocks:
 
 def float_blocks(weight: Array, block: tuple[int, int]) -> Blocks:
     """The blocks of a float matrix `[rows, cols]`; NaN and infinity count as zeros."""
-    from minimax_jax.ops.fp8 import FP8_MAX, dequantize, quantize  # with jax
+    from minimax_jax.ops.fp8 import FP8_MAX, quantize  # with jax
 
-    weight = np.where(np.isfinite(weight), weight, weight.dtype.type(0))
-    restored = np.asarray(dequantize(*quantize(weight, block=block), np.float32, block=block))
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        weight = np.where(np.isfinite(weight), weight, weight.dtype.type(0))
+    codes, derived = (np.asarray(part) for part in quantize(weight, block=block))
     bands = [slice(start, start + block[0]) for start in range(0, len(weight), block[0])]
     starts = np.arange(0, weight.shape[1], block[1])
     squares, amax, errors = (np.empty((len(bands), len(starts))) for _ in range(3))
     for i, band in enumerate(bands):
         wide = weight[band].astype(np.float64)
+        scales = np.repeat(derived[i].astype(np.float64), block[1])[: weight.shape[1]]
+        restored = CODE_VALUES[codes[band].view(np.uint8)] * scales
         squares[i] = np.add.reduceat(np.square(wide).sum(0), starts)
-        errors[i] = np.add.reduceat(np.square(restored[band] - wide).sum(0), starts)
+        errors[i] = np.add.reduceat(np.square(restored - wide).sum(0), starts)
         amax[i] = np.maximum.reduceat(np.abs(wide).max(0), starts)
     return Blocks(squares=squares, amax=amax, scales=amax / FP8_MAX, errors=errors)
 
