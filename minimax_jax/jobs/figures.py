@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minimax_jax.dtypes import DTYPES
+from minimax_jax.jobs.difference import inner
 
 Array: TypeAlias = npt.NDArray[Any]
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -92,7 +93,7 @@ def code_blocks(histograms: npt.NDArray[np.int64], scale_inv: Array) -> Blocks:
     scales = np.abs(scale_inv.reshape(-1).astype(np.float64))
     scales[~np.isfinite(scales)] = 0.0
     amax = np.where(counts > 0, np.abs(_FINITE_VALUES), 0.0).max(-1) * scales
-    squares = (counts @ _FINITE_VALUES**2) * scales**2
+    squares = np.einsum("bc,c->b", counts, _FINITE_VALUES**2) * scales**2
     found = Blocks(squares=squares, amax=amax, scales=scales, errors=_code_errors(counts, scales))
     return Blocks(**{name: getattr(found, name).reshape(grid) for name in Blocks.__slots__})
 
@@ -144,7 +145,7 @@ def float_figures(tensor: Array) -> tuple[float, float]:
         with np.errstate(invalid="ignore"):  # a signalling NaN
             wide = flat[start : start + _AT_ONCE].astype(np.float64)
         wide = wide[np.isfinite(wide)]
-        squares += float(np.dot(wide, wide))
+        squares += inner(wide, wide)
         amax = max(amax, float(np.abs(wide).max(initial=0.0)))
     return squares, amax
 
