@@ -18,7 +18,7 @@ from minimax_jax import synthetic
 
 PICTURE = Path(__file__).with_name("report.png")
 CONFIG = synthetic.config(layers=62, experts=256)
-WIDTH, HEIGHT = 1200, 1500
+WIDTH, HEIGHT = 1200, 1420
 
 
 def main():

@@ -213,7 +213,7 @@ def _changes(seen: Overview) -> Iterator[Finding]:
         rule = "an element that is NaN or infinite in one checkpoint, and something else in the other"
         yield _about("warning", f"{_s(len(unpaired), 'tensor')} with numbers that only one of them has", rule, unpaired)
     differing = [each for each, change in pairs if change.differing]
-    rule = "values compared in the less precise dtype of the two, FP8 dequantised, as `minimax-jax diff` does"
+    rule = "values compared in the less precise dtype of the two, FP8 dequantised, as minimax-jax diff does"
     if not differing:
         text = f"Nothing changed: all {_s(len(pairs), 'weight')} have the same values"
         yield Finding(level="good", text=text, rule=rule)

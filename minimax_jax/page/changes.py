@@ -24,12 +24,12 @@ def changes(seen: Overview) -> Section:
     base = (first, second)[seen.base]
     title = "Quantisation error" if seen.quantised else "What changed"
     note = f"Root of the squared difference over that of the weights of {base}, over an expert's matrices."
-    maps = (
-        Plot(name="changes", title="By expert", note=note, figure=_expert_map(seen)),
-        Plot(name="changes-others", title="Everything else", note="The same, weight by weight.", figure=_others(seen)),
-    )
+    maps = [Plot(name="changes", title="By expert", note=note, figure=_expert_map(seen))]
+    if any(map(_differs, (each for each in seen.weights if each.layer is not None and each.expert is None))):
+        same = "The same, weight by weight."
+        maps.append(Plot(name="changes-others", title="Everything else", note=same, figure=_others(seen), tall=True))
     text = f"From {first} to {second}."
-    return Section(title=title, text=text, plots=maps, tables=tuple(_tables(seen)))
+    return Section(title=title, text=text, plots=tuple(maps), tables=tuple(_tables(seen)))
 
 
 def _expert_map(seen: Overview) -> Figure:

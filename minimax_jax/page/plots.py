@@ -74,6 +74,8 @@ def heat_map(
     )
     figure = _figure(cells)
     figure.update_xaxes(title=None if rows else "expert", showgrid=False, zeroline=False, constrain="domain")
+    if rows:
+        figure.update_xaxes(automargin=True, tickangle=45)
     figure.update_yaxes(title="layer", autorange="reversed", showgrid=False, zeroline=False, **_whole(len(values)))
     return figure
 
@@ -126,11 +128,9 @@ def lines(
             for (name, y), dash in zip(series.items(), dashes, strict=False)
         )
     )
-    figure.update_xaxes(title="layer", **_whole(len(x)))
+    figure.update_xaxes(**_whole(len(x)))
     figure.update_yaxes(type=scale, exponentformat="power", **({"dtick": 1} if scale == "log" else {}))
-    figure.update_layout(
-        showlegend=True, legend={"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0}
-    )
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "yanchor": "top", "y": -0.08, "x": 0})
     return figure
 
 
