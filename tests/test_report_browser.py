@@ -56,8 +56,8 @@ class Tab:
             }""",
             [plot, x, y],
         )
-        self.page.mouse.move(left - 30, top)
-        self.page.mouse.move(left, top, steps=3)
+        self.page.mouse.move(0, 0)
+        self.page.mouse.move(left, top)
         told = self.page.locator(f"#{plot} .hoverlayer .hovertext")
         told.wait_for()
         return "\n".join(told.locator("tspan.line").all_text_contents())

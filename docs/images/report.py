@@ -1,9 +1,10 @@
 """Makes the picture of a report, report.png, in a headless Chromium: `python docs/images/report.py [CHROMIUM]`.
 
-What it shows is made up: a model of 62 layers of 256 tiny experts, and a copy of it in which some experts were moved,
-later layers more. It takes a minute, the packages of the extra `test`, and 2 GB of room for temporary files.
+What it shows is made up: a model of 62 layers of 32 tiny experts, and a copy of it in which some experts were moved,
+later layers more. It takes a minute, the packages of the extra `test`, and 300 MB of room for temporary files.
 """
 
+import contextlib
 import json
 import shutil
 import sys
@@ -16,15 +17,15 @@ from playwright.sync_api import sync_playwright
 import minimax_jax as mj
 from minimax_jax import synthetic
 
-PICTURE = Path(__file__).with_name("report.png")
-CONFIG = synthetic.config(layers=62, experts=256)
-WIDTH, HEIGHT = 1200, 1420
+PICTURE = Path(__file__).resolve().with_name("report.png")
+CONFIG = synthetic.config(layers=62, experts=32)
+WIDTH, HEIGHT = 1200, 1640
 
 
 def main():
     chromium = sys.argv[1] if len(sys.argv) > 1 else shutil.which("chromium")
-    with tempfile.TemporaryDirectory() as folder:
-        base, tuned, page = (Path(folder) / name for name in ("MiniMax-M2", "my-finetune", "report.html"))
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        base, tuned, page = (Path(name) for name in ("MiniMax-M2", "my-finetune", "report.html"))
         synthetic.synthesize(base, CONFIG)
         shutil.copytree(base, tuned)
         move(tuned)
@@ -57,7 +58,7 @@ def shoot(page, chromium):
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
-        tab.goto(page.as_uri())
+        tab.goto(page.resolve().as_uri())
         tab.wait_for_selector("body[data-drawn]")
         tab.screenshot(path=PICTURE)
         browser.close()
