@@ -25,7 +25,7 @@ from minimax_jax.errors import ConfigError, LayoutError, Problem, raise_if
 from minimax_jax.layout.table import NON_QUANTIZED_KEY_PATTERNS, SCALE_SUFFIX, should_quantize_key
 from torch_bridge import export, lora, matrices, nemo
 from torch_bridge.assembly import assemble
-from torch_bridge.fp8 import WEIGHTS
+from torch_bridge.kernels import WEIGHTS
 from torch_bridge.mesh import experts_layout
 from torch_bridge.names import NATIVE_EXPERTS, Names, Sizes
 from torch_bridge.plan import plan, scaled_weights, wrong_experts

@@ -24,8 +24,6 @@ from torch_bridge.kernels import decoded
 
 FP8 = torch.float8_e4m3fn
 BLOCK = (128, 128)
-WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that weights may have."""
 
 Block = tuple[int, int]
 Offset = tuple[int, int]

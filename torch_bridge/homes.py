@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from minimax_jax.errors import LayoutError, Problem, raise_if
 from minimax_jax.layout.forms import module_names
 from minimax_jax.layout.specs import Entry
-from torch_bridge.fp8 import WEIGHTS
+from torch_bridge.kernels import WEIGHTS
 from torch_bridge.mesh import Layout, Region, experts_layout, layout_of, local_of, region_of
 
 _EXTRA_STATE = "_extra_state"

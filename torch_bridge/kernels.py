@@ -16,6 +16,9 @@ from torch_bridge.arrays import as_numpy
 
 Grid: TypeAlias = np.ndarray[Any, Any]
 
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that weights may have."""
+
 _BANDS = 8
 """Pieces of a matrix that cores share out among themselves."""
 
@@ -48,6 +51,8 @@ def decoded(
     offset: tuple[int, int],
 ) -> torch.Tensor | None:
     """Weights `dtype` [rows, cols] of contiguous codes, on all cores; None where the kernels do not cover them."""
+    if values.ndim != 2 or dtype not in WEIGHTS:
+        return None
     codes, grid = as_numpy(values), scales_from(scale_inv, offset, block)
     kernels = kernels_for(codes)
     if kernels is None or grid is None or not host.ordinary(grid):

@@ -136,6 +136,7 @@ def _arrays(
     """The arrays to write, a stack of layers once, and the chunks of those of further layouts."""
     specs: dict[str, TensorSpec] = {}
     chunks: dict[str, tuple[int, ...]] = {}
+    unlike: list[Problem] = []
     for entry in entries:
         for spec in layout_specs(entry, layout, _stored(entry, source, dtype)):
             specs[spec.key] = spec
@@ -143,9 +144,17 @@ def _arrays(
             continue
         place, stored = arrange(entry, layout), _stored(entry, source, dtype)
         for name in place.names:
+            if name in specs and specs[name].dtype != stored:
+                unlike.append(_unlike(name, specs[name].dtype, stored))
             specs[name] = TensorSpec(name, place.whole_shape, stored)
             chunks[name] = _chunk(place, DTYPES[stored].itemsize)
+    raise_if(unlike, JobError)
     return tuple(specs.values()), chunks
+
+
+def _unlike(name: str, expected: str, got: str) -> Problem:
+    what, remedy = "layers differ in dtype: they cannot be stacked", "take a target that does not stack layers"
+    return Problem(what=what, key=name, expected=expected, got=got, remedy=remedy)
 
 
 def _chunk(place: Arrangement, itemsize: int) -> tuple[int, ...]:

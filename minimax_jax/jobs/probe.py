@@ -106,7 +106,7 @@ def probe(plan: Plan, destination: Path) -> Probe:
 def _nearest(destination: Path) -> Path:
     """The destination, or the nearest folder above it that exists."""
     path = Path(os.path.realpath(destination))
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+    return next(folder for folder in (path, *path.parents) if os.path.isdir(folder))  # noqa: PTH112 - no name is too long for it
 
 
 def _write(folder: Path, most_bytes: int) -> tuple[int, float]:

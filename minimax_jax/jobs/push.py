@@ -131,6 +131,9 @@ def _body(source: Source, seen: Digested, origin: str | None) -> Iterator[str]:
 def _certified(source: Source, file: Path, workers: int, progress: Callable[[Progress], None] | None) -> Digested:
     """The digests of a checkpoint: those of its certificate, or of the one that is written here."""
     known = read_certificate(file) if file.exists() else None
+    if known is not None and known.sampled:
+        what, remedy = "the certificate speaks of a sample of the tensors alone", f"delete {file.name}"
+        raise JobError(Problem(what=what, file=str(file), remedy=remedy))
     seen = verify(source, certificate=known, workers=workers, progress=progress)
     if not seen.good:
         what, remedy = "the checkpoint is not what its certificate says", f"convert again, or delete {file.name}"

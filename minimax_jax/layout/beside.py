@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Set
 
 from minimax_jax.errors import LayoutError, Problem, raise_if
+from minimax_jax.layout.arrangement import arrange
 from minimax_jax.layout.check import table_of
 from minimax_jax.layout.config import MiniMaxConfig
+from minimax_jax.layout.forms import FORMS
 from minimax_jax.layout.specs import Specs
-from minimax_jax.layout.table import MTP_PREFIXES, layer_prefix
+from minimax_jax.layout.table import MTP_PREFIXES, SCALE_SUFFIX, layer_prefix
 
 
 def left_out(keys: Collection[str], config: MiniMaxConfig, named: Collection[str] = ()) -> dict[str, list[str]]:
@@ -29,10 +31,11 @@ def left_out(keys: Collection[str], config: MiniMaxConfig, named: Collection[str
         LayoutError: something named is the beginning of names of the model.
     """
     table = table_of(keys, config)
-    unknown = [key for key in keys if not table.knows(key)]
+    own = _own_names(table)
+    unknown = [key for key in keys if key not in own]
     asked = tuple(f"{name.rstrip('.')}." if name.strip(".") else "" for name in named)
-    raise_if(_own(asked, table), LayoutError)
-    prefixes = (*asked, *_announced(unknown, table, config.mtp_modules))
+    raise_if(_wanted(asked, own), LayoutError)
+    prefixes = (*asked, *_announced(unknown, table, own, config.mtp_modules))
     found: dict[str, list[str]] = {}
     for key in unknown:
         prefix = next((prefix for prefix in prefixes if f"{key}.".startswith(prefix)), None)
@@ -41,20 +44,27 @@ def left_out(keys: Collection[str], config: MiniMaxConfig, named: Collection[str
     return found
 
 
-def _own(asked: Iterable[str], table: Specs) -> Iterator[Problem]:
+def _own_names(table: Specs) -> Set[str]:
+    """The names of all tensors of the model, in any layout."""
+    further = (name for form in FORMS for entry in table.entries for name in arrange(entry, form).names)
+    stored = {*table.by_native, *further}
+    return {*table.places, *stored, *(name + SCALE_SUFFIX for name in stored)}
+
+
+def _wanted(asked: Iterable[str], names: Set[str]) -> Iterator[Problem]:
     for prefix in asked:
-        own = next((name for name in (*table.places, *table.by_native) if f"{name}.".startswith(prefix)), None)
+        own = min((name for name in names if f"{name}.".startswith(prefix)), default=None)
         if own is not None:
             what, got = "what is to be left out belongs to the model", f"{prefix or 'nothing'} as the beginning"
             yield Problem(what=what, key=own, expected="the beginning of other names alone", got=got)
 
 
-def _announced(unknown: Collection[str], table: Specs, modules: int) -> Iterator[str]:
+def _announced(unknown: Collection[str], table: Specs, own: Set[str], modules: int) -> Iterator[str]:
     if modules:
         yield from MTP_PREFIXES
     first, known = table.config.num_hidden_layers, layer_prefix(0, table.prefix)
     for layer in range(first, first + min(modules, len(unknown))):
         prefix = layer_prefix(layer, table.prefix)
         behind = (key.removeprefix(prefix) for key in unknown if key.startswith(prefix))
-        if any(not table.knows(known + name) for name in behind):
+        if any(known + name not in own for name in behind):
             yield prefix

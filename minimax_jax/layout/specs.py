@@ -146,10 +146,6 @@ class Specs(Displayed):
         self.by_native = {entry.native: entry for entry in self.entries}
         self.places = dict(_places(self.entries))
 
-    def knows(self, key: str) -> bool:
-        """Whether a tensor of this name belongs to the checkpoint, in either layout."""
-        return key in self.places or key.removesuffix(SCALE_SUFFIX) in self.by_native
-
     def views(self) -> Iterable[Any]:
         """What there is to look at: the kinds of tensors, as they are published."""
         from rich.table import Table

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from minimax_jax.errors import LayoutError, Problem
 from minimax_jax.ops.checks import Array
 from minimax_jax.ops.experts import stack
 
@@ -52,6 +53,9 @@ def restore(
 
 def stack_along(arrays: Sequence[Array], axis: int) -> Array:
     """Arrays of one shape and dtype along a new axis, every bit as it was: a copy, by numpy where all are numpy's."""
+    if len({np.dtype(array.dtype) for array in arrays}) > 1:
+        dtypes = sorted({np.dtype(array.dtype).name for array in arrays})
+        raise LayoutError(Problem(what="arrays of several dtypes cannot be stacked", got=", ".join(dtypes)))
     if all(isinstance(array, np.ndarray) for array in arrays):
         stacked: Array = np.stack(arrays, axis)
         return stacked
