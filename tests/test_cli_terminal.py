@@ -71,7 +71,7 @@ def test_plain_lines_have_rate_memory_and_time_left(made, monkeypatch):
     monkeypatch.setattr("minimax_jax.console._LINE_SECONDS", 0)
     _, stderr = run("verify", made)
     share, rate, memory, left = stderr.splitlines()[-1].removeprefix("verify: ").split(", ")
-    assert (share, left) == ("100%", "0 s left") and rate.endswith(" GB/s") and memory.endswith("MB of memory")
+    assert (share, left) == ("100%", "0 s left") and rate.endswith(" GB/s") and memory.endswith("B of memory")
 
 
 # --- completion ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ import pytest
 import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.errors import JobError
-from minimax_jax.jobs import front
+from minimax_jax.jobs import front, streamed
 
 
 class Offered:
@@ -28,7 +28,8 @@ def test_a_target_of_another_package_gets_the_opened_source_and_the_options(sour
         got.update(options, opened=opened, destination=destination)
         return "done"
 
-    monkeypatch.setattr(front, "streamed_targets", lambda: {"elsewhere": Offered(write)})
+    for module in (front, streamed):
+        monkeypatch.setattr(module, "streamed_targets", lambda: {"elsewhere": Offered(write)})
     assert mj.convert(source, tmp_path / "out", to="elsewhere", dtype="fp8", workers=3, max_memory_bytes=7) == "done"
     assert got.pop("opened").survey.layout == "hf" and got.pop("destination") == tmp_path / "out"
     assert got == {"dtype": "F8_E4M3", "workers": 3, "max_memory_bytes": 7, "progress": None}

@@ -178,7 +178,6 @@ class Specs(Displayed):
         }
 
 
-@functools.lru_cache(maxsize=8)
 def specs(config: MiniMaxConfig, prefix: str = PREFIX) -> Specs:
     """The `Specs` of a config, computed once; 96,103 names take about a tenth of a second.
 
@@ -186,6 +185,11 @@ def specs(config: MiniMaxConfig, prefix: str = PREFIX) -> Specs:
         config: the checkpoint's config.
         prefix: what stands in front of names below the model: `model.`, or nothing in some exports.
     """
+    return _specs(config, prefix)
+
+
+@functools.lru_cache(maxsize=8)
+def _specs(config: MiniMaxConfig, prefix: str) -> Specs:
     return Specs(config, prefix)
 
 
