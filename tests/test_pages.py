@@ -1,6 +1,7 @@
 import doctest
 import importlib.util
 import inspect
+import re
 import xml.etree.ElementTree
 
 import jax
@@ -62,6 +63,12 @@ def test_a_console_block_that_is_not_as_printed_is_found(block, said, shell):
     failures = [failure for command in Command.all_of(block) if (failure := shell.failure(command))]
     assert bool(failures) == bool(said)
     assert said is None or said in failures[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_picture_of_a_page_is_there(page):
+    named = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())
+    assert [name for name in named if not (page.parent / name).is_file()] == []
 
 
 def test_outputs_may_differ_in_space_at_the_ends_of_lines_alone():

@@ -4,7 +4,9 @@ import dataclasses
 import html
 import itertools
 import json
+import os
 import re
+import shutil
 import sys
 import tracemalloc
 
@@ -184,7 +186,7 @@ def test_what_is_not_finite_counts_as_zero_and_is_told(made, other):
         norm = norm[np.isfinite(norm)].astype(np.float64)
     assert by_key(seen)[NORM].squares == pytest.approx(np.square(norm).sum(), rel=1e-12)
     assert {each.key for each in seen.unusual[0]} >= {BIAS}
-    assert any(text.startswith("2 times NaN") for text in found(seen, level="warning"))
+    assert any(text == "NaN: 2 numbers" for text in found(seen, level="warning"))
     render(seen)
 
 
@@ -266,7 +268,7 @@ def test_a_number_against_a_nan_is_a_warning(made, other):
     [
         (W2, torch.zeros_like, "warning", "1 matrix", "No dead expert"),
         (W1 + SUFFIX, lambda scales: scales * 1e3, "note", "1 expert with a norm far", "No expert has a norm far"),
-        (W1 + SUFFIX, lambda scales: -scales, "warning", "negative scale", "No NaN"),
+        (W1 + SUFFIX, lambda scales: -scales, "warning", "Negative scale: 6 numbers", "No NaN"),
         (BIAS, torch.ones_like, "note", "Router bias without effect in 1 layer", None),
     ],
 )
@@ -380,6 +382,15 @@ def test_a_page_names_no_place_to_fetch_from_and_runs_no_text_of_a_checkpoint(tm
     page = render(overview(tmp_path / name))
     assert "default-src 'none'" in page and not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     assert "<img" not in page and "&lt;img" in page
+
+
+def test_a_path_that_is_not_text_is_written_out(made, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/h\xff"
+    shutil.copytree(os.fsencode(made / "hf"), folder)
+    stdout, _ = run("report", os.fsdecode(folder), made / "bf16", "-o", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "h\\udcff" in stdout and re.search(r"<title>\S+/h\\udcff and ", page)
+    assert f"From {tmp_path}/h\\udcff to" in page
 
 
 def test_the_command_writes_the_page_and_tells_the_findings(made, tmp_path, monkeypatch):

@@ -104,7 +104,8 @@ def _unusual(seen: Overview) -> Iterator[Finding]:
             by_what.setdefault(each.what, []).append(each)
         where = f" in {inspection.path}" if len(seen.checkpoints) > 1 else ""
         for what, group in by_what.items():
-            text = f"{sum(each.count for each in group):,} times {what}{where}"
+            count = _s(sum(each.count for each in group), "number")
+            text = f"{what[0].upper()}{what[1:]}: {count}{where}"
             yield _about("warning", text, rule, [each.key for each in group])
         if not found:
             text = f"No NaN, no infinity, and no scale that is zero, subnormal or negative{where}"

@@ -13,7 +13,7 @@ import plotly.offline
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from minimax_jax.display import size
+from minimax_jax.display import plain, size
 from minimax_jax.jobs.findings import findings
 from minimax_jax.jobs.overview import Overview
 from minimax_jax.page.parts import Section
@@ -41,10 +41,16 @@ def _environment() -> Environment:
     return Environment(
         loader=PackageLoader("minimax_jax.page", "assets"),
         autoescape=True,
+        finalize=_written_out,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _written_out(value: object) -> str:
+    """What is filled in, as text that UTF-8 can hold: paths may have bytes that are no text."""
+    return value if isinstance(value, Markup) else plain(str(value))
 
 
 def _asset(name: str) -> Markup:
@@ -76,6 +82,6 @@ def _figures(shown: list[Section]) -> Markup:
     return Markup(json.dumps(made, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c"))
 
 
-def _packed(text: str) -> str:
+def _packed(text: str) -> Markup:
     """Text as gzip in base64: a third of the size, and in a page nothing but letters."""
-    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    return Markup(base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode())
