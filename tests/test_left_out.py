@@ -178,3 +178,21 @@ def test_calls_without_a_report_warn(modules, plain):
         assert {warning.filename for warning in said} == {__file__}
         assert tree.keys() == call(plain).keys()
         call(modules, leave_out=list(ANNOUNCED))  # warnings are errors here
+
+
+@pytest.mark.parametrize("layout", ["hf", "native", "transformers-v5"])
+def test_a_config_with_too_few_layers_does_not_make_mtp_of_a_real_one(plain, tmp_path, layout):
+    folder = tmp_path / layout
+    mj.convert(plain, folder, to=layout)
+    config = json.loads((folder / "config.json").read_bytes())
+    shorter = {name: config[name][:1] for name in ("attn_type_list", "layer_types") if name in config}
+    folders.edit_json(folder / "config.json", num_hidden_layers=1, use_mtp=True, num_mtp_modules=1, **shorter)
+    with pytest.raises(LayoutError):
+        mj.convert(folder, tmp_path / "out", to="hf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_of_a_further_layout_cannot_be_left_out(plain, tmp_path):
+    mj.convert(plain, tmp_path / "fused", to="transformers-v5")
+    with pytest.raises(LayoutError, match="belongs to the model"):
+        mj.plan(tmp_path / "fused", leave_out=["model.layers.0.mlp.experts.gate_up_proj"])

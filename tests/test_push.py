@@ -190,6 +190,14 @@ def test_what_is_not_as_certified_is_not_pushed(source, hub):
     assert hub.requests == []
 
 
+def test_a_certificate_of_a_sample_is_no_ground_to_push(source, hub, tmp_path):
+    mj.convert(source, tmp_path / "out")
+    mj.verify(tmp_path / "out", sample="1", output=tmp_path / "out" / "certificate.json")
+    with pytest.raises(JobError, match="sample"):
+        mj.push(tmp_path / "out", REPOSITORY)
+    assert hub.requests == []
+
+
 @pytest.mark.parametrize("url", ["org/name", "hf://name", "hf://org/name@main", "hf://org/name/folder", "s3://a/b"])
 def test_other_places_are_refused_before_any_work(source, tmp_path, url):
     assert convert(source, tmp_path / "native", "--push", url).exit_code == 3

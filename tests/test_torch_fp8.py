@@ -166,3 +166,22 @@ def test_the_meta_device_gives_shapes():
     assert (weights.shape, weights.dtype, weights.device.type) == ((200, 300), torch.bfloat16, "meta")
     codes, scales = fp8.quantize(weights)
     assert (codes.shape, codes.dtype, scales.shape) == ((200, 300), fp8.FP8, (2, 3))
+
+
+def test_large_matrices_of_several_experts_at_once():
+    rng = np.random.default_rng(0)
+    codes, scales = random_codes(rng, (3, 1200, 1300)), rng.random((3, 10, 11), np.float32) + 0.5
+    spread = scales.repeat(128, 1).repeat(128, 2)[:, :1200, :1300]
+    got = fp8.dequantize(to_torch_codes(codes), torch.from_numpy(scales), torch.float32)
+    np.testing.assert_array_equal(got.numpy(), codes.astype(np.float32) * spread)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bool])
+def test_large_matrices_of_an_unsupported_dtype_are_refused(dtype):
+    codes = to_torch_codes(random_codes(np.random.default_rng(0), (2048, 2560)))
+    with pytest.raises(LayoutError, match="unsupported dtype"):
+        fp8.dequantize(codes, torch.ones(16, 20), dtype)
+
+
+def to_torch_codes(codes):
+    return torch.from_numpy(codes.view(np.uint8)).view(torch.float8_e4m3fn)
