@@ -1,10 +1,14 @@
 """torch_bridge's adapter beside NeMo AutoModel's: speed and peak memory of `from_hf`, from FP8 and from bf16.
 
-Both convert the same layer at the published shapes to bf16, in turn, in one process, several rounds; the first round
-is each one's first call. Each call gets tensors of its own, consumes them, and begins with a heap that has been given
-back to the system. Results are checked for bit equality before they count. GB/s are gigabytes of source a second; a
-peak is the most memory in use during a call, its input among it, beyond what was in use before, over the size of the
-output. Backends are measured in processes of their own. Linux only.
+Both convert the same layer at the published shapes to bf16, in one process, several times in a row, in turn. Each call
+gets tensors of its own, consumes them, and begins with a heap that has been given back to the system. Results are
+checked for bit equality before they count. GB/s are gigabytes of source a second, of the calls in a row; a peak is the
+most memory in use during a call, its input among it, beyond what was in use before, over the size of the output.
+Backends are measured in processes of their own. Linux only.
+
+The call that begins a row is told apart ("turn"): the memory that it takes is what the other adapter has just freed. A
+virtual machine with free page reporting is giving that back to its host at that moment, and gets it again a page at a
+time, which can take longer than the conversion. So is each adapter's very first call ("first"), which compiles.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from nemo_automodel.components.models.minimax_m2.state_dict_adapter import MiniMaxM2StateDictAdapter as Nemos
@@ -36,59 +40,74 @@ Tensors = dict[str, torch.Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--experts", type=int, default=16, help="experts of the one layer, at the published shapes")
-    parser.add_argument("--rounds", type=int, default=3, help="after the first calls")
+    parser.add_argument("--experts", type=int, default=32, help="experts of the one layer, at the published shapes")
+    parser.add_argument("--rounds", type=int, default=3, help="rows of each adapter")
+    parser.add_argument("--calls", type=int, default=4, help="calls in a row")
     parser.add_argument("--backend", choices=BACKENDS, help="measure this one, in this process; else all, in others")
-    parser.add_argument("--quick", action="store_true", help="2 experts, one round: a check that it runs")
+    parser.add_argument("--quick", action="store_true", help="2 experts, one round of 2 calls: a check that it runs")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     options = parser.parse_args()
     if options.quick:
-        options.experts, options.rounds = 2, 1
+        options.experts, options.rounds, options.calls = 2, 1, 2
+    numbers = (options.experts, options.rounds, options.calls)
     if options.backend:
         os.environ[VARIABLE] = options.backend
-        print(json.dumps({source: measure(source, options.experts, options.rounds) for source in SOURCES}))
+        print(json.dumps({source: measure(source, *numbers) for source in SOURCES}))
         return
-    figures = {backend: in_process(backend, options.experts, options.rounds) for backend in BACKENDS}
+    figures = {backend: in_process(backend, *numbers) for backend in BACKENDS}
     show(figures)
     if options.output:
         options.output.write_text(json.dumps(figures, indent=2))
 
 
-def in_process(backend: str, experts: int, rounds: int) -> dict[str, Any]:
+def in_process(backend: str, experts: int, rounds: int, calls: int) -> dict[str, Any]:
     """The figures of one backend, from a process of its own."""
-    command = [sys.executable, __file__, "--backend", backend, "--experts", str(experts), "--rounds", str(rounds)]
+    numbers = {"--backend": backend, "--experts": experts, "--rounds": rounds, "--calls": calls}
+    command = [sys.executable, __file__, *(str(word) for option in numbers.items() for word in option)]
     figures: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return figures
 
 
-def measure(source: str, experts: int, rounds: int) -> dict[str, float]:
+def measure(source: str, experts: int, rounds: int, calls: int) -> dict[str, float]:
     """Figures of both adapters; the largest peaks, and median times."""
     hf = checkpoint(source, experts)
     nbytes = sum(tensor.nbytes for tensor in hf.values())
-    seconds: dict[str, list[float]] = {name: [] for name in ADAPTERS}
-    peaks: dict[str, list[float]] = {name: [] for name in ADAPTERS}
-    for round_number in range(rounds + 1):
-        results = {}
+    first = {name: call(adapter, hf, experts) for name, adapter in ADAPTERS.items()}
+    check(first["ours"].native, first["nemo"].native)
+    started = first["nemo"].seconds / first["ours"].seconds
+    first.clear()
+    made: dict[str, list[list[Call]]] = {name: [] for name in ADAPTERS}
+    for _ in range(rounds):
         for name, adapter in ADAPTERS.items():
-            took, peak, results[name] = call(adapter, hf, experts)
-            seconds[name].append(took)
-            peaks[name].append(peak)
-        if round_number == 0:
-            check(results["ours"], results["nemo"])
-    nemo, ours = (statistics.median(seconds[name][1:]) for name in ("nemo", "ours"))
+            made[name].append([call(adapter, hf, experts)._replace(native={}) for _ in range(calls)])
+    turn, row = ({name: median(rows, part) for name, rows in made.items()} for part in (slice(1), slice(1, None)))
+    peaks = {name: max(one.peak for row in rows for one in row) for name, rows in made.items()}
     return {
-        "nemo_gb_per_s": nbytes / nemo / 1e9,
-        "ours_gb_per_s": nbytes / ours / 1e9,
-        "ratio": nemo / ours,
-        "first_call_ratio": seconds["nemo"][0] / seconds["ours"][0],
-        "nemo_peak": max(peaks["nemo"][1:]),
-        "ours_peak": max(peaks["ours"][1:]),
-        "ours_first_call_peak": peaks["ours"][0],
+        "nemo_gb_per_s": nbytes / row["nemo"] / 1e9,
+        "ours_gb_per_s": nbytes / row["ours"] / 1e9,
+        "ratio": row["nemo"] / row["ours"],
+        "first_call_ratio": started,
+        "turn_ratio": turn["nemo"] / turn["ours"],
+        "nemo_peak": peaks["nemo"],
+        "ours_peak": peaks["ours"],
     }
 
 
-def call(kind: Any, hf: Tensors, experts: int) -> tuple[float, float, Tensors]:
-    """Seconds of one `from_hf`, its peak over its output, and its result."""
+def median(rows: list[list[Call]], part: slice) -> float:
+    """Of the seconds of the calls in this part of each row."""
+    return statistics.median(one.seconds for row in rows for one in row[part])
+
+
+class Call(NamedTuple):
+    """One `from_hf`: its seconds, its peak over the size of its output, and its result."""
+
+    seconds: float
+    peak: float
+    native: Tensors
+
+
+def call(kind: Any, hf: Tensors, experts: int) -> Call:
+    """One `from_hf` of tensors of its own."""
     moe = SimpleNamespace(n_routed_experts=experts, moe_inter_dim=INTER, expert_activation="swiglu", expert_bias=False)
     backend = SimpleNamespace(experts="torch", dispatcher="torch")
     adapter = kind(SimpleNamespace(hidden_size=HIDDEN), moe, backend, dtype=torch.bfloat16)
@@ -99,7 +118,7 @@ def call(kind: Any, hf: Tensors, experts: int) -> tuple[float, float, Tensors]:
     started = time.perf_counter()
     native = adapter.from_hf(tensors)
     took = time.perf_counter() - started
-    return took, (status_bytes("VmHWM") - before) / sum(tensor.nbytes for tensor in native.values()), native
+    return Call(took, (status_bytes("VmHWM") - before) / sum(tensor.nbytes for tensor in native.values()), native)
 
 
 def checkpoint(source: str, experts: int) -> Tensors:
@@ -137,10 +156,10 @@ def status_bytes(name: str) -> int:
 
 
 def show(figures: dict[str, Any]) -> None:
-    print(f"{'from_hf of torch tensors':26}{'GB/s':>8}{'NeMo':>8}{'x NeMo':>8}{'first':>8}{'peak':>8}{'NeMo':>8}")
+    print(f"{'from_hf of torch tensors':26}{'GB/s':>8}{'NeMo':>8}{'x NeMo':>8}{'turn':>8}{'first':>8}{'peak':>8}{'NeMo':>8}")
     for backend, sources in figures.items():
         for source, row in sources.items():
-            names = ("ours_gb_per_s", "nemo_gb_per_s", "ratio", "first_call_ratio", "ours_peak", "nemo_peak")
+            names = ("ours_gb_per_s", "nemo_gb_per_s", "ratio", "turn_ratio", "first_call_ratio", "ours_peak", "nemo_peak")
             print(f"{backend + ', ' + source:26}" + "".join(f"{row[name]:8.2f}" for name in names))
 
 
