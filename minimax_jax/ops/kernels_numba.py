@@ -29,6 +29,9 @@ _VECTOR_BYTES = 16
 _STRIP, _TILE_ROWS = 16, 1536
 """Columns and rows of a matrix that are transposed at a time: few enough for the cache, and long runs to write."""
 
+_PANEL = 256
+"""Columns of weights in work at once, or one block where that is more: read twice, a row of blocks high."""
+
 _WIDE_STRIP = 64
 """Columns at a time where what is transposed is in the cache already, and few rows high."""
 
@@ -125,23 +128,26 @@ def encode(
         DONE; CHANGED if given scales do not reproduce the weights; NOT_COVERED if weights are not finite or so small
         that scales are not ordinary. `target` is not whole unless DONE.
     """
-    rows = source.shape[0]
-    stripe = np.empty((min(block[0], rows), cols), np.uint8)
-    spread = np.empty(cols, np.float32)
+    rows, step = source.shape[0], max(1, _PANEL // block[1]) * block[1]
+    panel = np.empty((min(block[0], rows), min(step, cols)), np.uint8)
+    spread = np.empty(min(step, cols), np.float32)
     for index in range(scales.shape[0]):
         first = index * block[0]
         high = min(block[0], rows - first)
-        if not given and not _scale_stripe(source, first, high, start, cols, block[1], scales[index]):
-            return NOT_COVERED
-        _spread(scales[index], block[1], spread, F32(1))
-        for row in range(high):
-            weights = source[first + row, start : start + cols]
-            codes = stripe[row] if transposed else target[first + row, start : start + cols]
-            _encode_row(weights, spread, codes)
-            if given and not _reproduces(codes, spread, weights):
-                return CHANGED
-        if transposed:
-            _transpose_tile(stripe[:high], target[:, first : first + high], _WIDE_STRIP)
+        for col in range(0, cols, step):
+            wide, begin = min(step, cols - col), start + col
+            grid = scales[index, col // block[1] : -(-(col + wide) // block[1])]
+            if not given and not _scale_panel(source, first, high, begin, wide, block[1], grid):
+                return NOT_COVERED
+            _spread(grid, block[1], spread[:wide], F32(1))
+            for row in range(high):
+                weights = source[first + row, begin : begin + wide]
+                codes = panel[row, :wide] if transposed else target[first + row, begin : begin + wide]
+                _encode_row(weights, spread, codes)
+                if given and not _reproduces(codes, spread, weights):
+                    return CHANGED
+            if transposed:
+                _transpose_tile(panel[:high, :wide], target[col : col + wide, first : first + high], _WIDE_STRIP)
     return DONE
 
 
@@ -197,8 +203,8 @@ def _float_of_code(code: Any) -> Any:
 
 
 @kernel
-def _scale_stripe(source: Array, first: int, high: int, start: int, cols: int, block: int, scales: Array) -> bool:
-    """Scales by amax for one row of blocks; False where one is not ordinary."""
+def _scale_panel(source: Array, first: int, high: int, start: int, cols: int, block: int, scales: Array) -> bool:
+    """Scales by amax for blocks side by side; False where one is not ordinary."""
     peaks = np.zeros(cols, source.dtype)
     for row in range(first, first + high):
         _raise_peaks(source[row, start : start + cols], peaks)
@@ -223,16 +229,19 @@ def _raise_peaks(weights: Array, peaks: Array) -> None:
 
 @kernel
 def _encode_row(weights: Array, spread: Array, codes: Array) -> None:
-    """Codes of `weights / spread`, rounded to nearest even and saturated; of NaN, whatever."""
+    """Codes of `weights / spread`, rounded to nearest even; of what is beyond 448, or NaN, whatever.
+
+    Codes are eight to a power of two, and 2**-9 apart below 2**-6: a quotient is rounded to that by adding 2**20 times
+    its power of two, whose float32 are just as far apart.
+    """
     for i in range(weights.size):
         bits = _bits_of(_widened(weights[i]))
         size = _float_of(U32(bits & U32(0x7FFFFFFF))) / spread[i]
-        size = size if size < F32(448) else F32(448)
-        quotient = _bits_of(size)
-        code = U32(U32(quotient + U32(0x7FFFF) + ((quotient >> U32(20)) & U32(1))) >> U32(20)) - U32(120 << 3)
-        if size < F32(2.0**-6):  # codes there are 2**-9 apart, as float32 are from 2**14 on
-            code = _bits_of(size + F32(2.0**14)) - U32(0x46800000)
-        codes[i] = U8(code | ((bits >> U32(24)) & U32(0x80)))
+        power = U32(_bits_of(size) & U32(0x7F800000))
+        power = power if power > U32(0x3C800000) else U32(0x3C800000)  # 2**-6
+        steps = _bits_of(size + _float_of(U32(power + U32(20 << 23))))
+        code = U32(steps + U32(power >> U32(20))) + U32(0x400 - 0x3C8)
+        codes[i] = U8(U32(code & U32(0x7F)) | U32((bits >> U32(24)) & U32(0x80)))
 
 
 @kernel
