@@ -156,11 +156,19 @@ def status_bytes(name: str) -> int:
 
 
 def show(figures: dict[str, Any]) -> None:
-    print(f"{'from_hf of torch tensors':26}{'GB/s':>8}{'NeMo':>8}{'x NeMo':>8}{'turn':>8}{'first':>8}{'peak':>8}{'NeMo':>8}")
+    columns = {
+        "GB/s": "ours_gb_per_s",
+        "NeMo": "nemo_gb_per_s",
+        "x NeMo": "ratio",
+        "turn": "turn_ratio",
+        "first": "first_call_ratio",
+        "peak": "ours_peak",
+        "NeMo's": "nemo_peak",
+    }
+    print(f"{'from_hf of torch tensors':26}" + "".join(f"{title:>8}" for title in columns))
     for backend, sources in figures.items():
         for source, row in sources.items():
-            names = ("ours_gb_per_s", "nemo_gb_per_s", "ratio", "turn_ratio", "first_call_ratio", "ours_peak", "nemo_peak")
-            print(f"{backend + ', ' + source:26}" + "".join(f"{row[name]:8.2f}" for name in names))
+            print(f"{backend + ', ' + source:26}" + "".join(f"{row[name]:8.2f}" for name in columns.values()))
 
 
 if __name__ == "__main__":
