@@ -24,9 +24,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=32, help="of the one layer, a multiple of 8 (default: 32)")
     parser.add_argument("--peer-experts", type=int, default=2, help="for what is slow (default: 2)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--quick", action="store_true", help="8 experts, run once each: a check that it runs"
-    )
+    parser.add_argument("--quick", action="store_true", help="8 experts, run once each: a check that it runs")
     parser.add_argument("--growth", action="store_true", help="time and memory against sizes and processes, instead")
     parser.add_argument("--output", type=Path, help="write NAME.json and NAME.png")
     parser.add_argument("--write-docs", action="store_true", help="docs/speed.json, .png and docs/performance.md")
