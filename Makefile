@@ -41,7 +41,7 @@ docs: .venv/docs
 bench: .venv/test
 	$(BIN)/pip install --quiet --editable ".[bench]"
 	$(BIN)/python -m benchmarks.speed $(BENCH_FLAGS)
-	$(BIN)/python benchmarks/torch_adapter.py $(TORCH_BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.torch_adapter $(TORCH_BENCH_FLAGS)
 
 # The compilers go into a folder of their own: jax takes every plugin that it finds for a device that is there. The CUDA
 # plugin has to be of jax's version; a newer libtpu than jax asks for compiles the codec to a third of the traffic.

@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from nemo_automodel.components.models.minimax_m2.state_dict_adapter import MiniMaxM2StateDictAdapter as Nemos
 
+from benchmarks import pages
 from minimax_jax.ops.host import VARIABLE
 from torch_bridge import MiniMaxM2StateDictAdapter as Ours
 from torch_bridge import memory
@@ -35,6 +37,15 @@ HIDDEN, INTER, BLOCK = 3072, 1536, 128
 ADAPTERS = {"nemo": Nemos, "ours": Ours}
 BACKENDS = ("numba", "xla")
 SOURCES = ("fp8", "bf16")
+COLUMNS = {
+    "GB/s": "ours_gb_per_s",
+    "NeMo": "nemo_gb_per_s",
+    "x NeMo": "ratio",
+    "turn": "turn_ratio",
+    "first": "first_call_ratio",
+    "peak": "ours_peak",
+    "NeMo's": "nemo_peak",
+}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -46,6 +57,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, help="measure this one, in this process; else all, in others")
     parser.add_argument("--quick", action="store_true", help="2 experts, one round of 2 calls: a check that it runs")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--write-docs", action="store_true", help="docs/performance.md")
     options = parser.parse_args()
     if options.quick:
         options.experts, options.rounds, options.calls = 2, 1, 2
@@ -58,12 +70,20 @@ def main() -> None:
     show(figures)
     if options.output:
         options.output.write_text(json.dumps(figures, indent=2))
+    if options.write_docs:
+        page, command = pages.DOCS / "performance.md", "python -m benchmarks.torch_adapter --write-docs"
+        pages.put(page, command, [pages.table(("", *COLUMNS), rows(figures))])
 
 
 def in_process(backend: str, experts: int, rounds: int, calls: int) -> dict[str, Any]:
     """The figures of one backend, from a process of its own."""
     numbers = {"--backend": backend, "--experts": experts, "--rounds": rounds, "--calls": calls}
-    command = [sys.executable, __file__, *(str(word) for option in numbers.items() for word in option)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.torch_adapter",
+        *(str(word) for option in numbers.items() for word in option),
+    ]
     figures: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return figures
 
@@ -156,19 +176,15 @@ def status_bytes(name: str) -> int:
 
 
 def show(figures: dict[str, Any]) -> None:
-    columns = {
-        "GB/s": "ours_gb_per_s",
-        "NeMo": "nemo_gb_per_s",
-        "x NeMo": "ratio",
-        "turn": "turn_ratio",
-        "first": "first_call_ratio",
-        "peak": "ours_peak",
-        "NeMo's": "nemo_peak",
-    }
-    print(f"{'from_hf of torch tensors':26}" + "".join(f"{title:>8}" for title in columns))
+    print(f"{'from_hf of torch tensors':26}" + "".join(f"{title:>8}" for title in COLUMNS))
+    for name, *numbers in rows(figures):
+        print(f"{name:26}" + "".join(f"{number:>8}" for number in numbers))
+
+
+def rows(figures: dict[str, Any]) -> Iterator[list[str]]:
     for backend, sources in figures.items():
         for source, row in sources.items():
-            print(f"{backend + ', ' + source:26}" + "".join(f"{row[name]:8.2f}" for name in columns.values()))
+            yield [f"{backend}, {source}", *(f"{row[name]:.2f}" for name in COLUMNS.values())]
 
 
 if __name__ == "__main__":

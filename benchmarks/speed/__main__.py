@@ -12,11 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import DOCS
 from benchmarks.speed import child, files, growth, memory, report, rounds, targets
 from benchmarks.speed.cases import Case
 from minimax_jax import synthetic
-
-DOCS = Path("docs")
 
 
 def main() -> None:
@@ -27,13 +26,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="8 experts, run once each: a check that it runs")
     parser.add_argument("--growth", action="store_true", help="time and memory against sizes and processes, instead")
     parser.add_argument("--output", type=Path, help="write NAME.json and NAME.png")
-    parser.add_argument("--write-docs", action="store_true", help="docs/speed.json, .png and docs/performance.md")
+    parser.add_argument("--write-docs", action="store_true", help="docs/performance.md, or docs/scaling.md")
     options = parser.parse_args()
     if options.quick:
         options.experts, options.peer_experts, options.rounds = 8, 1, 1
     output = DOCS / ("growth" if options.growth else "speed") if options.write_docs else options.output
     if options.growth:
-        growth.main(output, quick=options.quick)
+        growth.main(output, quick=options.quick, write_docs=options.write_docs)
         return
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         run = measure(Path(folder), options.experts, options.peer_experts, options.rounds, twice=not options.quick)
@@ -41,7 +40,7 @@ def main() -> None:
     if output:
         report.write(run, output)
     if options.write_docs:
-        report.write_page(DOCS / "performance.md", run)
+        report.write_page(run)
 
 
 def measure(folder: Path, experts: int, few_experts: int, count: int, *, twice: bool) -> report.Run:

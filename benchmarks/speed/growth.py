@@ -14,22 +14,30 @@ from typing import Any
 
 from rich.progress import track
 
+from benchmarks import pages
 from benchmarks.speed import child
 from benchmarks.speed.cases import Case
 
 Point = Mapping[str, Any]
 
 
-def main(output: Path | None, *, quick: bool) -> None:
-    """Measure, print, and write `output` with the suffixes .json and .png."""
+def main(output: Path | None, *, quick: bool, write_docs: bool) -> None:
+    """Measure, print, and write `output` with the suffixes .json and .png, and a table into docs/scaling.md."""
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         found = {name: list(points) for name, points in _axes(Path(folder), quick)}
-    for name, points in found.items():
-        for point in points:
-            print(f"{name:10}{point['n']:5}{point['seconds']:9.2f} s{point['peak_bytes'] / 1e6:8.0f} MB")
+    rows = [
+        (name, str(point["n"]), f"{point['seconds']:.2f}", f"{point['peak_bytes'] / 1e6:.0f}")
+        for name, points in found.items()
+        for point in points
+    ]
+    for name, count, seconds, peak_mb in rows:
+        print(f"{name:10}{count:>5}{seconds:>9} s{peak_mb:>8} MB")
     if output:
         output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
         _plot(found, output.with_suffix(".png"))
+    if write_docs:
+        parts = [pages.table(("", "", "seconds", "peak MB"), rows), "![Time and peak memory](growth.png)\n"]
+        pages.put(pages.DOCS / "scaling.md", "make bench BENCH_FLAGS='--growth --write-docs'", parts)
 
 
 def _axes(folder: Path, quick: bool) -> Iterator[tuple[str, Iterator[Point]]]:

@@ -16,11 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import pages
 from benchmarks.speed import files, memory
 from benchmarks.speed.rounds import Figures
 from benchmarks.speed.targets import Target, ratio
 
-BEGIN, END = "<!-- begin: written by `make bench BENCH_FLAGS=--write-docs` -->", "<!-- end -->"
 VERSIONED = ("minimax_jax", "jax", "numba", "numpy", "torch", "transformers", "nemo-automodel")
 COLUMNS = ("", "experts", "GB/s", "of the bound", "x NeMo", "core-s/GB", "peak MB")
 BOUNDS = {
@@ -66,16 +66,14 @@ def write(run: Run, output: Path) -> None:
     _plot(run, output.with_suffix(".png"))
 
 
-def write_page(page: Path, run: Run) -> None:
-    """Put the tables between the marks of a page."""
-    text = page.read_text()
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+def write_page(run: Run) -> None:
+    """Put the tables into docs/performance.md."""
     parts = [f"{_machine()}; {run.rounds} rounds, medians; {_versions()}.\n"]
-    parts += [_markdown((section, *COLUMNS[1:]), rows) for section, rows in _sections(run)]
-    parts.append(_markdown(("in processes of their own", ""), _alone(run)))
-    parts.append(_markdown(("target", "wanted", "measured", ""), _targets(run)))
+    parts += [pages.table((section, *COLUMNS[1:]), rows) for section, rows in _sections(run)]
+    parts.append(pages.table(("in processes of their own", ""), _alone(run)))
+    parts.append(pages.table(("target", "wanted", "measured", ""), _targets(run)))
     parts.append("![GB/s of every contestant](speed.png)\n")
-    page.write_text("\n".join([before, *parts, after]))
+    pages.put(pages.DOCS / "performance.md", "make bench BENCH_FLAGS=--write-docs", parts)
 
 
 def _sections(run: Run) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
@@ -138,11 +136,6 @@ def _table(title: str, columns: tuple[str, ...], rows: Any) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _markdown(columns: tuple[str, ...], rows: Any) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _document(run: Run) -> dict[str, Any]:
