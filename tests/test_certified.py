@@ -13,6 +13,7 @@ from command_line import run, run_json
 from folders import SUFFIX
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from servers import serving
 
 import minimax_jax as mj
@@ -49,11 +50,11 @@ def copy(made, tmp_path):
 
 def weights_renamed(folder):
     """The same files of weights by other names, and an index that names them so."""
-    index = folder / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_bytes())["weight_map"]
+    weight_map = {key: file.name for file in folders.weight_files(folder) for key in load_file(file)}
     for name in set(weight_map.values()):
         (folder / name).rename(folder / f"other-{name}")
-    folders.edit_json(index, weight_map={key: f"other-{name}" for key, name in weight_map.items()})
+    renamed = {key: f"other-{name}" for key, name in weight_map.items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": renamed}))
 
 
 def mismatches(seen):
@@ -98,6 +99,39 @@ def test_renamed_weights_fit_and_that_is_said(made, copy):
     seen = mj.verify(folder, certificate=made / "hf.json")
     assert seen.good and "files of other names" in seen.held.notes[0]
     assert mj.verify(copy("bf16"), certificate=made / "bf16.json").held.notes == ()
+
+
+@pytest.mark.parametrize("victim", ["tokenizer.json", "source_scales.safetensors"])
+@pytest.mark.parametrize("how", ["lost", "changed"])
+def test_what_lies_beside_renamed_weights_is_found_missing_or_changed(made, copy, victim, how):
+    folder = copy("bf16")
+    weights_renamed(folder)
+    assert mj.verify(folder, certificate=made / "bf16.json").good
+    if how == "lost":
+        (folder / victim).unlink()
+    elif victim == "tokenizer.json":
+        (folder / victim).write_bytes((folder / victim).read_bytes() + b" ")
+    else:
+        folders.flip_bit(folder, "model.layers.0.self_attn.q_proj.weight" + SUFFIX, 3)
+    found = mismatches(mj.verify(folder, certificate=made / "bf16.json"))
+    assert found == {(victim, "missing" if how == "lost" else "file")}
+
+
+def test_a_file_that_another_layout_lacks_is_found_missing(made, copy):
+    folder = copy("fp8")
+    (folder / "tokenizer.json").unlink()
+    assert mismatches(mj.verify(folder, certificate=made / "hf.json")) == {("tokenizer.json", "missing")}
+
+
+@pytest.mark.parametrize("to", ["native", "hf", "transformers-v5", "orbax"])
+def test_conversions_fit_the_certificate_of_their_source_sidecar_and_all(made, tmp_path, to):
+    if to == "orbax":
+        pytest.importorskip("orbax.checkpoint")
+    mj.convert(made / "bf16", tmp_path / "out", to=to)
+    seen = mj.verify(tmp_path / "out", certificate=made / "bf16.json")
+    assert seen.good, seen.held.mismatches
+    beside = {file.name for file in (made / "bf16").iterdir()} - {"config.json", "model.safetensors"}
+    assert seen.held.files >= len(beside - {"source_scales.safetensors"}) > 0
 
 
 def test_a_copy_on_a_server_is_held_against_it_as_well(made, copy):

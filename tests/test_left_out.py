@@ -1,5 +1,6 @@
 """Tensors that are not the model's: MTP modules that the config announces, and what is named, are left out and said."""
 
+import hashlib
 import json
 import warnings
 
@@ -7,7 +8,7 @@ import folders
 import pytest
 import torch
 from command_line import run, run_json
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import minimax_jax as mj
 from minimax_jax import synthetic
@@ -123,7 +124,7 @@ def test_what_is_named_is_left_out_and_nothing_else(plain, tmp_path):
     for leave_out in ((), ["visio"], ["vision.patch"]):
         with pytest.raises(LayoutError, match="unexpected tensor"):
             mj.plan(folder, leave_out=leave_out)
-    for leave_out in (["vision"], ["vision."], ["vision.patch", "vision.norm.weight"], ["absent", "vision"]):
+    for leave_out in (["vision"], ["vision."], ["vision.patch", "vision.norm.weight"]):
         seen = mj.inspect(folder, leave_out=leave_out)
         assert sorted(key for part in seen.left_out for key in part.keys) == sorted(VISION)
         assert not any(part.announced for part in seen.left_out)
@@ -156,17 +157,64 @@ def test_an_unfinished_job_knows_what_it_leaves_out(tmp_path, monkeypatch):
     }
 
 
-def test_a_certificate_covers_every_byte_but_theirs(modules, tmp_path):
+def test_a_certificate_covers_their_bytes_too(modules, tmp_path):
     mj.verify(modules, output=tmp_path / "certificate.json")
     file = modules / "more.safetensors"
     good = file.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    digest = json.loads((tmp_path / "certificate.json").read_bytes())["checkpoints"][0]["files"][file.name]["sha256"]
+    assert digest == hashlib.sha256(good).hexdigest()  # a file of such tensors alone
     try:
-        file.write_bytes(good.replace(b"F32", b"I32", 1))
-        assert not mj.verify(modules, certificate=tmp_path / "certificate.json").good
-        file.write_bytes(good[:-1] + b"\x77")
-        assert mj.verify(modules, certificate=tmp_path / "certificate.json").good
+        for place in (20, header, (header + len(good)) // 2, len(good) - 1):
+            file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+            try:
+                held = mj.verify(modules, certificate=tmp_path / "certificate.json").held
+            except mj.CheckpointError:
+                assert place == 20
+            else:
+                assert [(each.name, each.what) for each in held.mismatches] == [(file.name, "file")]
     finally:
         file.write_bytes(good)
+    assert mj.verify(modules, certificate=tmp_path / "certificate.json").good
+
+
+def test_a_bit_of_theirs_in_a_file_of_the_model_s_is_found(tmp_path):
+    folder, names = tmp_path / "hf", ["a.first", "model.vision", "vision.last"]
+    synthetic.synthesize(folder, CONFIG)
+    (file,) = folder.glob("*.safetensors")
+    save_file(load_file(file) | {name: torch.ones(5) for name in names}, file)
+    mj.verify(folder, leave_out=names, output=tmp_path / "c.json")
+    assert mj.verify(folder, leave_out=names, certificate=tmp_path / "c.json").good
+    for name in names:
+        folders.flip_bit(folder, name, 9)
+        held = mj.verify(folder, leave_out=names, certificate=tmp_path / "c.json").held
+        folders.flip_bit(folder, name, 9)
+        assert [(each.name, each.what) for each in held.mismatches] == [(file.name, "file")], name
+
+
+@pytest.mark.parametrize("name", ["visio", "vision.patches", "model.mtp"])
+def test_a_name_that_nothing_begins_with_is_refused(plain, tmp_path, name):
+    folder = made(tmp_path / "hf", [*MTP, *VISION], num_mtp_modules=1)
+    calls = [
+        lambda: mj.inspect(folder, leave_out=["vision", name]),
+        lambda: mj.plan(folder, leave_out=["vision", name]),
+        lambda: mj.convert(folder, tmp_path / "out", leave_out=["vision", name]),
+        lambda: mj.verify(folder, plain, leave_out=["vision", name]),
+        lambda: mj.diff(plain, folder, leave_out=["vision", name]),
+        lambda: mj.load(folder, leave_out=["vision", name]),
+    ]
+    for call in calls:
+        with pytest.raises(LayoutError, match="nothing is there to be left out") as caught:
+            call()
+        assert [problem.key for problem in caught.value.problems] == [name]
+    assert not (tmp_path / "out").exists()
+    assert "error: nothing is there to be left out" in run("plan", plain, "--leave-out", name, code=3)[1]
+
+
+def test_of_two_checkpoints_one_may_have_what_is_left_out(plain, tmp_path):
+    folder = made(tmp_path / "hf", VISION)
+    assert mj.verify(folder, plain, by="bytes", leave_out=["vision"]).good
+    assert mj.diff(plain, folder, leave_out=["vision"]).same
 
 
 def test_calls_without_a_report_warn(modules, plain):

@@ -77,7 +77,7 @@ def _checkpoint(checkpoint: Digested) -> dict[str, Any]:
 
 
 def _file(file: FileDigest) -> dict[str, Any]:
-    return {"bytes": file.nbytes, "sha256": file.sha256, "of": "header" if file.header_only else "file"}
+    return {"bytes": file.nbytes, "sha256": file.sha256, "of": "header" if file.of_weights else "file"}
 
 
 def _difference(comparison: Comparison) -> dict[str, Any]:

@@ -25,8 +25,8 @@ SEAL = "seal"
 What: TypeAlias = Literal["sha256", "dtype", "shape", "missing", "extra", "file", "config"]
 
 _NOT_ALIKE = (
-    "another layout, or weights in files of other names: tensors, config.json and the files beside them were held "
-    "against it, but not the files of the weights themselves"
+    "another layout, or weights in files of other names: tensors, what config.json says and the files beside the "
+    "weights were held against it, but not the files of the weights themselves, nor tensors in them that were left out"
 )
 
 _MOST_BYTES = 2**28
@@ -167,12 +167,14 @@ def _held(
     looked_at: Callable[[str], bool],
 ) -> Held:
     known = {name: one for name, one in certified.files.items() if name != file.name}
-    alike = layout == certified.layout and _weight_files(files) == _weight_files(known)
+    ours_of_weights = _weight_files(files)
+    alike = layout == certified.layout and ours_of_weights == _weight_files(known)
     mismatches = list(_tensor_mismatches(certified.tensors, ours, looked_at))
     if config != certified.config:
         mismatches.append(Mismatch(name=CONFIG_NAME, what="config", expected=certified.config, got=config))
     if not alike:
-        known = {name: one for name, one in known.items() if name in files and _is_beside(one)}
+        due = SIDECAR in files or (layout == certified.layout and bool(ours_of_weights))  # an Orbax checkpoint has none
+        known = {name: one for name, one in known.items() if _is_beside(one, sidecar=due)}
     mismatches += _file_mismatches(known, files)
     return Held(
         file=file,
@@ -184,14 +186,20 @@ def _held(
     )
 
 
-def _is_beside(file: FileDigest) -> bool:
-    """Whether a file lies beside the weights in any layout, such as those of the tokenizer."""
-    own = (CONFIG_NAME, SIDECAR)
-    return not file.header_only and file.name not in own and not file.name.endswith(INDEX_SUFFIX)
+def _is_beside(file: FileDigest, *, sidecar: bool) -> bool:
+    """Whether a file lies beside the weights whatever those are called, such as one of the tokenizer.
+
+    Args:
+        file: any file of a certificate.
+        sidecar: whether the sidecar counts, which belongs to some layouts alone.
+    """
+    if file.name == SIDECAR:
+        return sidecar
+    return not file.of_weights and file.name != CONFIG_NAME and not file.name.endswith(INDEX_SUFFIX)
 
 
 def _weight_files(files: Mapping[str, FileDigest]) -> set[str]:
-    return {name for name, file in files.items() if file.header_only}
+    return {name for name, file in files.items() if file.of_weights}
 
 
 def _tensor_mismatches(
@@ -245,10 +253,10 @@ def _tensors(told: Mapping[str, Any], number: int) -> Iterator[tuple[str, Digest
 
 def _files(told: Mapping[str, Any]) -> Iterator[tuple[str, FileDigest]]:
     for name, fact in told.items():
-        nbytes, header_only = fact["bytes"], fact["of"] == "header"
+        nbytes, of_weights = fact["bytes"], fact["of"] == "header"
         if type(nbytes) is not int:
             raise ValueError(f"size of {name}")
-        yield name, FileDigest(name=name, nbytes=nbytes, sha256=_text(fact["sha256"]), header_only=header_only)
+        yield name, FileDigest(name=name, nbytes=nbytes, sha256=_text(fact["sha256"]), of_weights=of_weights)
 
 
 def _text(value: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,15 +40,15 @@ class FileDigest:
     Attributes:
         name: path in the checkpoint's folder.
         nbytes: size of the whole file.
-        sha256: of all its bytes; of a file of weights, of what stands before the tensors, which have digests of their
-            own. Together they leave no byte out.
-        header_only: whether it is a file of weights.
+        sha256: of all its bytes; of a file of weights, of all but the model's tensors, which have digests of their own:
+            of what stands before the data, and of tensors that were left out. Together they leave no byte out.
+        of_weights: whether it is a file of weights.
     """
 
     name: str
     nbytes: int
     sha256: str
-    header_only: bool
+    of_weights: bool
 
 
 def digest_of(key: str, tensor: npt.NDArray[Any]) -> Digest:
@@ -74,40 +74,50 @@ def config_digest(source: Source) -> str:
 
 
 def file_digests(source: Source) -> Iterator[FileDigest]:
-    """The files of a checkpoint: headers of weights, index, config, sidecar and side files. No weight is read.
+    """The files of a checkpoint: weights, index, config, sidecar and side files. No weight of the model is read.
 
-    Bytes of tensors that were left out have no digest; the header speaks of them.
+    Bytes of tensors that were left out are read; of an Orbax checkpoint, which hides what files it has, they are not.
 
     Raises:
         FormatError: a file is lost, cannot be read, or has changed since the checkpoint was opened.
     """
     checkpoint = source.checkpoint
     folder = source.path if places.is_folder(source.path) else source.path.parent
-    begins: dict[Location, int] = {}
-    aside = (info for part in source.left_out for info in part.tensors)
-    for info in itertools.chain(checkpoint.tensors.values(), aside):
-        begins[info.file] = min(info.start, begins.get(info.file, info.start))
+    ranges = _ranges_of_weights(source)
     for file in checkpoint.files:
-        yield _file_digest(file, folder, checkpoint.states.get(file), begins.get(file))
+        yield _file_digest(file, folder, checkpoint.states.get(file), ranges.get(file))
     index = () if checkpoint.index_file is None else (checkpoint.index_file,)
     sidecar = sorted({info.file for info in source.sidecar.values()})
     for file in (*index, folder / CONFIG_NAME, *sidecar, *side_files(source.path)):
         yield _file_digest(file, folder, checkpoint.states.get(file))
 
 
+def _ranges_of_weights(source: Source) -> dict[Location, list[tuple[int, int]]]:
+    """Of each file of weights, the bytes that are not in a tensor of the model: from and to."""
+    aside = [info for part in source.left_out for info in part.tensors]
+    begins: dict[Location, int] = {}
+    for info in itertools.chain(source.checkpoint.tensors.values(), aside):
+        begins[info.file] = min(info.start, begins.get(info.file, info.start))
+    ranges = {file: [(0, start)] for file, start in begins.items()}
+    for info in sorted(aside, key=lambda info: info.start):
+        ranges[info.file].append((info.start, info.stop))
+    return ranges
+
+
 def _file_digest(
-    file: Location, folder: Location, state: FileState | None, header_bytes: int | None = None
+    file: Location, folder: Location, state: FileState | None, ranges: Sequence[tuple[int, int]] | None = None
 ) -> FileDigest:
+    """The digest of some ranges of a file of weights, or of the whole of another file."""
     opened = places.open_file(file, state)
     try:
         nbytes = opened.state.nbytes
-        stop = nbytes if header_bytes is None else header_bytes
         sha256 = hashlib.sha256()
-        for start in range(0, stop, _PIECE_BYTES):
-            piece = bytearray(min(_PIECE_BYTES, stop - start))
-            opened.read_into(start, memoryview(piece))
-            sha256.update(piece)
+        for start, stop in ((0, nbytes),) if ranges is None else ranges:
+            for first in range(start, stop, _PIECE_BYTES):
+                piece = bytearray(min(_PIECE_BYTES, stop - first))
+                opened.read_into(first, memoryview(piece))
+                sha256.update(piece)
     finally:
         opened.close()
     name = str(file)[len(str(folder)) + 1 :]
-    return FileDigest(name=name, nbytes=nbytes, sha256=sha256.hexdigest(), header_only=header_bytes is not None)
+    return FileDigest(name=name, nbytes=nbytes, sha256=sha256.hexdigest(), of_weights=ranges is not None)

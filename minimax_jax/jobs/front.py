@@ -16,7 +16,7 @@ from minimax_jax.jobs import inspect as inspecting
 from minimax_jax.jobs import plan as planning
 from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS, Plan, Target
 from minimax_jax.jobs.sample import require_sample
-from minimax_jax.jobs.source import open_source
+from minimax_jax.jobs.source import open_source, open_sources
 from minimax_jax.jobs.streamed import load_target, streamed_targets
 from minimax_jax.progress import Progress
 
@@ -263,7 +263,7 @@ def verify(
         output: a file to write the certificate to.
         workers: threads.
         ignore: attributes of config.json to leave unread.
-        leave_out: as in `plan`; of each of the two.
+        leave_out: as in `plan`; of each of the two, or of one of them.
         progress: called as the work goes on.
 
     Raises:
@@ -288,7 +288,7 @@ def verify(
     if asked is not None:
         require_sample(asked)
     known = None if certificate is None else read_certificate(certificate)
-    sources = [open_source(path, ignore=ignore, leave_out=leave_out) for path in (first, second) if path is not None]
+    sources = open_sources([first] if second is None else [first, second], ignore=ignore, leave_out=leave_out)
     seen = verifying.verify(*sources, by=by, sample=asked, certificate=known, workers=workers, progress=progress)
     if output is not None:
         write_certificate(output, seen)
@@ -326,5 +326,5 @@ def diff(
     asked = None if sample is None else str(sample)
     if asked is not None:
         require_sample(asked)
-    a, b = (open_source(path, ignore=ignore, leave_out=leave_out) for path in (first, second))
+    a, b = open_sources([first, second], ignore=ignore, leave_out=leave_out)
     return differing.diff(a, b, rank=rank, sample=asked, workers=workers, progress=progress)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from minimax_jax.errors import LayoutError, Problem, raise_if
 from minimax_jax.io.checkpoint import Checkpoint
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.jsonfile import shown
@@ -74,6 +75,27 @@ def set_aside(
     gone = {key for keys in groups.values() for key in keys}
     tensors = {key: info for key, info in checkpoint.tensors.items() if key not in gone}
     return (dataclasses.replace(checkpoint, tensors=tensors) if gone else checkpoint), aside
+
+
+def require_found(named: Iterable[str], left_out: Iterable[LeftOut]) -> None:
+    """Check that each of the names to leave out was the beginning of something: one that is not is a slip of the pen.
+
+    Args:
+        named: what the names of tensors to leave out begin with.
+        left_out: what was left out, of all checkpoints that were opened with `named`.
+
+    Raises:
+        LayoutError: some were the beginning of nothing.
+    """
+    keys = [f"{key}." for part in left_out for key in part.keys]
+    raise_if(_found_nowhere(named, keys), LayoutError)
+
+
+def _found_nowhere(named: Iterable[str], keys: Collection[str]) -> Iterator[Problem]:
+    for name in named:
+        if not any(key.startswith(f"{name.rstrip('.')}.") for key in keys):
+            what, remedy = "nothing is there to be left out", "correct the name, in whole parts, or do not give it"
+            yield Problem(what=what, key=shown(name), expected="the beginning of names of tensors", remedy=remedy)
 
 
 def warn_of(left_out: Iterable[LeftOut]) -> None:

@@ -31,7 +31,7 @@ from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.orbax import Rows
 from minimax_jax.io.source import copy_file
-from minimax_jax.jobs.left_out import warn_of
+from minimax_jax.jobs.left_out import require_found, warn_of
 from minimax_jax.jobs.orbax_plan import OrbaxPlan, plan
 from minimax_jax.jobs.orbax_source import open_orbax
 from minimax_jax.jobs.orbax_worker import OrbaxWorker
@@ -170,6 +170,7 @@ def read(
     """
     folder = Path(path)
     source = open_orbax(folder, ignore=ignore, leave_out=leave_out)
+    require_found(leave_out, source.left_out)
     warn_of(source.left_out)
     if source.survey.layout != "native":
         what, remedy = "not a native tree", "read it by Orbax, or convert it to native first"

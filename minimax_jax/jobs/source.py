@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from minimax_jax.io.jsonfile import shown
 from minimax_jax.io.location import Location, locate
 from minimax_jax.io.orbax import is_orbax
 from minimax_jax.io.reader import Reader
-from minimax_jax.jobs.left_out import LeftOut, set_aside
+from minimax_jax.jobs.left_out import LeftOut, require_found, set_aside
 from minimax_jax.layout.arrangement import arrange
 from minimax_jax.layout.check import Survey, survey
 from minimax_jax.layout.config import CONFIG_NAME, MOST_CONFIG_BYTES, MiniMaxConfig
@@ -144,8 +145,27 @@ def open_source(path: str | Location, *, ignore: Collection[str] = (), leave_out
     Raises:
         ConfigError: config.json is missing, malformed or describes something unsupported.
         FormatError: a damaged or incomplete safetensors file, index or sidecar; a server that refuses or fails.
-        LayoutError: the tensors are not those that the config asks for.
+        LayoutError: the tensors are not those that the config asks for; nothing begins with what is to be left out.
     """
+    (source,) = open_sources([path], ignore=ignore, leave_out=leave_out)
+    return source
+
+
+def open_sources(
+    paths: Iterable[str | Location], *, ignore: Collection[str] = (), leave_out: Collection[str] = ()
+) -> list[Source]:
+    """Open checkpoints as `open_source` does; what is to be left out has to be in one of them at least."""
+    sources = [_open(path, ignore, leave_out) for path in paths]
+    require_found(leave_out, itertools.chain(*(source.left_out for source in sources)))
+    return sources
+
+
+def sidecar_metadata(config: MiniMaxConfig) -> dict[str, str]:
+    """The header metadata of a sidecar: the source's quantization_config, which a float checkpoint's config lacks."""
+    return {_SIDECAR_CONFIG: json.dumps(config.to_dict()[_SIDECAR_CONFIG], sort_keys=True)}
+
+
+def _open(path: str | Location, ignore: Collection[str], leave_out: Collection[str]) -> Source:
     place = places.pin(locate(path))
     if isinstance(place, Path) and is_orbax(place):
         from minimax_jax.jobs.orbax_source import open_orbax  # which is made of what is here
@@ -164,11 +184,6 @@ def open_source(path: str | Location, *, ignore: Collection[str] = (), leave_out
     raise_if(_misfits(sidecar, checked), LayoutError)
     raise_if(_unsized_blocks(checked, folder), ConfigError)
     return Source(path=place, checkpoint=checkpoint, config=config, survey=checked, sidecar=sidecar, left_out=left_out)
-
-
-def sidecar_metadata(config: MiniMaxConfig) -> dict[str, str]:
-    """The header metadata of a sidecar: the source's quantization_config, which a float checkpoint's config lacks."""
-    return {_SIDECAR_CONFIG: json.dumps(config.to_dict()[_SIDECAR_CONFIG], sort_keys=True)}
 
 
 def _read_config(folder: Location, ignore: Collection[str]) -> MiniMaxConfig:

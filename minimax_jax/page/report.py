@@ -10,7 +10,7 @@ from minimax_jax.io.jsonfile import write_text_atomic
 from minimax_jax.jobs.certificate import require_place
 from minimax_jax.jobs.overview import Overview
 from minimax_jax.jobs.plan import DEFAULT_WORKERS
-from minimax_jax.jobs.source import open_source
+from minimax_jax.jobs.source import open_sources
 from minimax_jax.progress import Progress
 
 DEFAULT_OUTPUT = "report.html"
@@ -49,7 +49,7 @@ def report(
     render = _renderer()
     from minimax_jax.jobs.measure import gather  # with jax
 
-    sources = [open_source(each, ignore=ignore, leave_out=leave_out) for each in (path, other) if each is not None]
+    sources = open_sources([path] if other is None else [path, other], ignore=ignore, leave_out=leave_out)
     seen = gather(*sources, workers=workers, progress=progress)
     write_text_atomic(Path(output), render(seen))
     return seen
