@@ -13,6 +13,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,3 +24,19 @@ def pytest_configure(config):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def cfg():
+    """The small config of the adapter's tests."""
+    from helpers import config
+
+    return config()
+
+
+@pytest.fixture(scope="session")
+def native(cfg):
+    """The random checkpoint of `cfg` in torch, as NeMo's own adapter makes it native; not to be changed."""
+    from nemo_oracle import checkpoint, nemo_adapter
+
+    return nemo_adapter(cfg).from_hf(checkpoint(cfg))

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from adapter_cases import SCALE, W1
-from helpers import config
 from nemo_oracle import (
     MoESplitExpertsStateDictMixin,
     StateDictAdapter,
@@ -21,17 +20,6 @@ from nemo_oracle import (
 
 from minimax_jax.errors import ConfigError, LayoutError
 from torch_bridge import MiniMaxM2StateDictAdapter
-
-
-@pytest.fixture(scope="module")
-def cfg():
-    return config()
-
-
-@pytest.fixture(scope="module")
-def native(cfg):
-    return nemo_adapter(cfg).from_hf(checkpoint(cfg))
-
 
 # ---- destinations of a loader
 

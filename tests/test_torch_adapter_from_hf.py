@@ -8,13 +8,7 @@ import pytest
 import torch
 from adapter_cases import DOWN, GATE_UP, LAYER, MOE, SCALE, UNKNOWN, W1, Q
 from helpers import config
-from nemo_oracle import (
-    assert_same,
-    checkpoint,
-    differences,
-    nemo_adapter,
-    our_adapter,
-)
+from nemo_oracle import assert_same, checkpoint, differences, nemo_adapter, our_adapter
 from test_torch_fp8 import random_matrix
 from test_torch_mesh import rank_of
 
@@ -23,16 +17,6 @@ import minimax_jax.ops.host
 import torch_bridge.experts
 from torch_bridge import MiniMaxM2StateDictAdapter, fp8
 from torch_bridge.arrays import as_numpy, to_torch
-
-
-@pytest.fixture(scope="module")
-def cfg():
-    return config()
-
-
-@pytest.fixture(scope="module")
-def native(cfg):
-    return nemo_adapter(cfg).from_hf(checkpoint(cfg))
 
 
 @pytest.mark.parametrize("scaled", ["F8_E4M3", "BF16", "F32"])

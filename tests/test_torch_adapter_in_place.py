@@ -6,25 +6,10 @@ import pytest
 import torch
 from adapter_cases import DOWN, LAYER, MOE, SCALE, W1, Q
 from helpers import config
-from nemo_oracle import (
-    checkpoint,
-    differences,
-    nemo_adapter,
-    our_adapter,
-)
+from nemo_oracle import checkpoint, differences, our_adapter
 
 import torch_bridge.experts
 from minimax_jax.errors import LayoutError
-
-
-@pytest.fixture(scope="module")
-def cfg():
-    return config()
-
-
-@pytest.fixture(scope="module")
-def native(cfg):
-    return nemo_adapter(cfg).from_hf(checkpoint(cfg))
 
 
 def test_the_pure_form_leaves_its_input_alone(cfg, native):

@@ -8,29 +8,11 @@ import pytest
 import torch
 from adapter_cases import DOWN, GATE_UP, LAYER, MOE, SCALE, UNKNOWN, W1
 from helpers import config
-from nemo_oracle import (
-    bits,
-    checkpoint,
-    differences,
-    nemo_adapter,
-    nemo_module,
-    our_adapter,
-)
+from nemo_oracle import bits, checkpoint, differences, nemo_adapter, nemo_module, our_adapter
 
 from minimax_jax.errors import LayoutError, NumericError
 from torch_bridge import NON_QUANTIZED_KEY_PATTERNS, MiniMaxM2StateDictAdapter, should_quantize_key
 from torch_bridge.arrays import as_numpy
-
-
-@pytest.fixture(scope="module")
-def cfg():
-    return config()
-
-
-@pytest.fixture(scope="module")
-def native(cfg):
-    return nemo_adapter(cfg).from_hf(checkpoint(cfg))
-
 
 # ---- to Hugging Face, beside NeMo
 
