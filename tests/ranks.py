@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import traceback
 from pathlib import Path
 
@@ -11,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import pytest
 import torch
 import torch.distributed as dist
+from members import free_port
 
 SECONDS = 120
 PRELOADED = ("from_hf_ranks", "to_hf_ranks", "storage_ranks")
@@ -35,9 +35,7 @@ def scenarios(*modules, kind=""):
 def run(world, scenarios, *arguments):
     """Run scenarios in `world` processes; gives by name what each rank says of it: nothing if all is well."""
     context = multiprocessing.get_context("forkserver")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         # Python 3.11 gives the server no sys.path: without this one it imports nothing, and every rank all of it.
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)

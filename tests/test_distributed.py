@@ -1,12 +1,11 @@
 """Several processes that share one conversion, under jax.distributed on this machine."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 
 import folders
+import members
 import pytest
 
 import minimax_jax as mj
@@ -14,7 +13,6 @@ from minimax_jax import synthetic
 from minimax_jax.io.folder import workshop_of
 from minimax_jax.io.journal import journals
 
-SECONDS = 100
 MEMBER = """
 import os, sys
 from minimax_jax import cli
@@ -43,27 +41,17 @@ def source(tmp_path_factory):
 
 def together(count, *command, die_after=None):
     """Run a command in `count` processes that know of each other; the statuses they end with and what they said."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PLATFORMS": "cpu"}
+    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{members.free_port()}", "JAX_NUM_PROCESSES": str(count)}
     deaths = die_after or {}
-    members = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEMBER, str(deaths.get(index, -1)), *map(str, command)],
-            env={**os.environ, **shared, "JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    group = [
+        members.start("-c", MEMBER, deaths.get(index, -1), *command, **shared, JAX_PROCESS_ID=str(index))
         for index in range(count)
     ]
     if any(count > 0 for count in deaths.values()):  # until the coordinator misses its heartbeat
-        members[next(iter(deaths))].wait(SECONDS)
-        for member in members:
+        group[next(iter(deaths))].wait(members.SECONDS)
+        for member in group:
             member.kill()
-    said = [member.communicate(timeout=SECONDS) for member in members]
-    return [member.returncode for member in members], said
+    return members.finish(group)
 
 
 def test_processes_share_a_conversion_and_end_in_the_same_bytes(source, tmp_path):
@@ -111,7 +99,7 @@ def test_without_a_group_it_is_refused_in_words(source, tmp_path, monkeypatch):
         [sys.executable, "-m", "minimax_jax", "convert", source, tmp_path / "out", "--distributed"],
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=members.SECONDS,
     )
     assert done.returncode == 3 and "JAX_COORDINATOR_ADDRESS" in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []

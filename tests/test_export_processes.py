@@ -1,17 +1,12 @@
 """Two processes that save together: both end well, or both by an error, and nothing looks whole that is not."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import members
 import pytest
 
 import minimax_jax as mj
 from minimax_jax import synthetic
-
-SECONDS = 100
 
 
 @pytest.fixture(scope="module")
@@ -23,25 +18,9 @@ def source(tmp_path_factory):
 
 def two(*arguments):
     """What each of two processes says last."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{members.free_port()}"
     script = Path(__file__).with_name("export_process.py")
-    members = [
-        subprocess.Popen(
-            [sys.executable, script, address, str(index), *map(str, arguments)],
-            env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        told = [member.communicate(timeout=SECONDS) for member in members]
-    finally:
-        for member in members:
-            member.kill()
+    _, told = members.finish([members.start(script, address, index, *arguments, XLA_FLAGS="") for index in range(2)])
     return [out.splitlines()[-1] if out else error for out, error in told]
 
 

@@ -1,13 +1,10 @@
 """Several real processes load one checkpoint together."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import members
 import numpy as np
 import pytest
 
@@ -36,28 +33,11 @@ def folder(tmp_path_factory):
 def loaded(request, folder):
     """What each process of a case says that it has, and has read."""
     processes, devices, axes = CASES[request.param]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = [sys.executable, str(PROGRAM), str(port), str(processes)]
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    running = [
-        subprocess.Popen(
-            [*common, str(number), json.dumps(axes), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(processes)
-    ]
-    try:
-        said = [process.communicate(timeout=150)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * processes, "\n".join(said)
+    common = (PROGRAM, members.free_port(), processes)
+    environment = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    group = [members.start(*common, number, json.dumps(axes), folder, **environment) for number in range(processes)]
+    statuses, said = members.finish(group)
+    assert statuses == [0] * processes, said
     return [json.loads(Path(f"{folder}-{number}.json").read_text()) for number in range(processes)]
 
 

@@ -1,12 +1,9 @@
 """An Orbax checkpoint read by two processes, and saved by them, under jax.distributed on this machine."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import folders
+import members
 import numpy as np
 import pytest
 
@@ -15,7 +12,6 @@ from minimax_jax import synthetic
 from minimax_jax.jobs.orbax import read, write
 from minimax_jax.jobs.source import open_source
 
-SECONDS = 100
 MEMBER = """
 import json, sys
 import jax
@@ -51,26 +47,10 @@ def written(tmp_path_factory):
 
 def two(*arguments):
     """What each of two processes says."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    members = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEMBER, address, str(index), *map(str, arguments)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        told = [member.communicate(timeout=SECONDS) for member in members]
-    finally:
-        for member in members:
-            member.kill()
-    assert [member.returncode for member in members] == [0, 0], told
+    address, flags = f"127.0.0.1:{members.free_port()}", "--xla_force_host_platform_device_count=2"
+    group = [members.start("-c", MEMBER, address, index, *arguments, XLA_FLAGS=flags) for index in range(2)]
+    statuses, told = members.finish(group)
+    assert statuses == [0, 0], told
     return [json.loads(out.splitlines()[-1]) for out, _ in told]
 
 
