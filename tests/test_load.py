@@ -68,7 +68,7 @@ def whole(folder):
 def small_units(monkeypatch):
     """So little memory for a unit that a shard takes several, and the last of them is smaller."""
     monkeypatch.setattr(load_plan, "_UNIT_BYTES", 400_000)
-    monkeypatch.setattr(load_plan, "_LEAST_UNIT_BYTES", 1)
+    monkeypatch.setattr(load_plan, "LEAST_UNIT_BYTES", 1)
 
 
 # ---- the same values, on any mesh

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 import minimax_jax as mj
 from minimax_jax.errors import JobError
 from minimax_jax.io.reader import Reader
+from minimax_jax.jobs.budget import RUNTIME_BYTES
 from minimax_jax.jobs.source import open_source
 from minimax_jax.models.boxes import box_of, contains, merge, runs, shape_of, whole, within
 from minimax_jax.models.fill import Filler
-from minimax_jax.models.load_plan import RUNTIME_BYTES, plan_units, require_budget, unit_bytes_of
+from minimax_jax.models.load_plan import plan_units, require_budget, unit_bytes_of
 from minimax_jax.models.pieces import goals
 from minimax_jax.models.sharding import partition_specs
 from minimax_jax.synthetic import REAL, synthesize

@@ -12,7 +12,8 @@ import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.errors import JobError
 from minimax_jax.jobs import front
-from minimax_jax.jobs.plan import RUNTIME_BYTES, Copy, Target, plan
+from minimax_jax.jobs.budget import RUNTIME_BYTES
+from minimax_jax.jobs.plan import Copy, Target, plan
 from minimax_jax.jobs.report import plan_json
 from minimax_jax.jobs.source import open_source
 

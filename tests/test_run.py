@@ -143,7 +143,7 @@ def test_units_of_any_size_write_the_same_files(made, tmp_path, monkeypatch, mos
     source = made / ("hf" if to == "native" else "native")
     whole = mj.plan(source, to=to)
     mj.convert(source, tmp_path / "whole", to=to)
-    monkeypatch.setattr("minimax_jax.jobs.plan._LEAST_UNIT_BYTES", most_bytes)
+    monkeypatch.setattr("minimax_jax.jobs.plan.LEAST_UNIT_BYTES", most_bytes)
     monkeypatch.setattr("minimax_jax.jobs.plan._UNIT_BYTES", most_bytes)
     cut = mj.plan(source, to=to)
     assert len(cut.units) > len(whole.units)

@@ -73,7 +73,7 @@ def test_small_units_and_chunks_give_the_same(source, made, tmp_path, monkeypatc
     monkeypatch.setattr("minimax_jax.io.orbax.CHUNK_BYTES", 4_000)
     monkeypatch.setattr(orbax_plan, "_UNIT_BYTES", 1)
     monkeypatch.setattr(planning, "_UNIT_BYTES", 10_000)
-    monkeypatch.setattr(planning, "_LEAST_UNIT_BYTES", 10_000)
+    monkeypatch.setattr(planning, "LEAST_UNIT_BYTES", 10_000)
     mj.convert(source, tmp_path / "out", to=layout, workers=4)
     assert differences(stored(tmp_path / "out"), TREES[layout]) == []
     mj.convert(tmp_path / "out", tmp_path / "hf", to="hf", workers=4)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from minimax_jax.dtypes import DTYPES
-from minimax_jax.errors import JobError, Problem
+from minimax_jax.errors import JobError, raise_if
 from minimax_jax.io.reader import Reader
-from minimax_jax.jobs.plan import RUNTIME_BYTES
+from minimax_jax.jobs.budget import over_budget, share_bytes
 from minimax_jax.jobs.quantize import quantize_leaf
 from minimax_jax.jobs.read import read_leaf, rows_of
 from minimax_jax.jobs.source import Source, batches
@@ -91,14 +91,11 @@ def plan_units(source: Source, dtype: str, *, max_memory_bytes: int, workers: in
     Raises:
         JobError: a budget too small for the units that cannot be split.
     """
-    most_bytes = (max_memory_bytes - RUNTIME_BYTES) // (workers + 1)
+    most_bytes = share_bytes(max_memory_bytes, workers + 1)
     entries = source.survey.specs.entries
     units = [unit for entry in entries for unit in _units(entry, source, dtype, max(1, min(_UNIT_BYTES, most_bytes)))]
-    needed = max(unit.memory_bytes for unit in units)
-    if needed > most_bytes:
-        expected = f"at least {RUNTIME_BYTES + (workers + 1) * needed:,} bytes with {workers} workers"
-        what, remedy = "memory budget too small for one unit of work", "raise --max-memory, or use fewer --workers"
-        raise JobError(Problem(what=what, expected=expected, got=f"{max_memory_bytes:,} bytes", remedy=remedy))
+    largest = max(unit.memory_bytes for unit in units)
+    raise_if(over_budget(largest, max_memory_bytes, workers, waiting=1), JobError)
     return units
 
 

@@ -38,7 +38,7 @@ from minimax_jax.io.folder import appearing
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
 from minimax_jax.io.source import copy_file
-from minimax_jax.jobs.plan import require_workers
+from minimax_jax.jobs.budget import require_workers
 from minimax_jax.jobs.run import Report
 from minimax_jax.jobs.source import Source, require_own_layout
 from minimax_jax.layout.config import MiniMaxConfig

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import JobError, LayoutError, Problem, raise_if
+from minimax_jax.jobs.budget import FOR_A_CALL, over_budget, require_workers, share_bytes
 from minimax_jax.jobs.left_out import LeftOut
-from minimax_jax.jobs.plan import RUNTIME_BYTES, require_workers
 from minimax_jax.jobs.source import Source, open_source, require_own_layout
 from minimax_jax.layout.table import SCALE_SUFFIX
 from torch_bridge import experts, fp8, memory
@@ -131,15 +131,12 @@ def _narrowed(homes: Iterable[Home], source: Source) -> Iterator[Problem]:
 
 def _pieces(homes: Iterable[Home], source: Source, max_memory_bytes: int, workers: int) -> Iterator[Home]:
     """What to fill, in pieces of which `workers` at a time keep to the budget."""
-    most_bytes = max(0, max_memory_bytes - RUNTIME_BYTES) // workers
-    problems = []
+    most_bytes = share_bytes(max_memory_bytes, workers)
+    problems: list[Problem] = []
     for home in homes:
         needed_bytes = _row_bytes(home, source)
-        if home.local.numel() and needed_bytes > most_bytes:
-            expected = f"at least {RUNTIME_BYTES + workers * needed_bytes:,} bytes with {workers} workers"
-            what, remedy = "memory budget too small for one piece of work", "raise it, or use fewer workers"
-            got = f"{max_memory_bytes:,} bytes"
-            problems.append(Problem(what=what, key=home.name, expected=expected, got=got, remedy=remedy))
+        if home.local.numel():
+            problems += over_budget(needed_bytes, max_memory_bytes, workers, key=home.name, remedy=FOR_A_CALL)
         yield from home.batches(max(1, min(_PIECE_BYTES, most_bytes) // needed_bytes))
     raise_if(problems, JobError)
 

@@ -14,11 +14,11 @@ from minimax_jax.display import Displayed
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.io.location import Location
 from minimax_jax.jobs.architecture import require_same_architecture
+from minimax_jax.jobs.budget import require_workers
 from minimax_jax.jobs.compare import Weight
 from minimax_jax.jobs.difference import Difference, difference, total
 from minimax_jax.jobs.heap import give_back
 from minimax_jax.jobs.look import pieces, row_steps, stored_bytes
-from minimax_jax.jobs.plan import require_workers
 from minimax_jax.jobs.sample import Sample, draw
 from minimax_jax.jobs.source import Source
 from minimax_jax.jobs.view import View

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minimax_jax.jobs.architecture import require_same_architecture
+from minimax_jax.jobs.budget import require_workers
 from minimax_jax.jobs.compare import Weight
 from minimax_jax.jobs.difference import difference, total
 from minimax_jax.jobs.figures import (
@@ -32,7 +33,6 @@ from minimax_jax.jobs.inspect import inspect
 from minimax_jax.jobs.look import pieces, read_bytes, row_chunks, stored_bytes
 from minimax_jax.jobs.numbers import Unusual, merged, unusual
 from minimax_jax.jobs.overview import Counts, Figures, Overview, Scaled
-from minimax_jax.jobs.plan import require_workers
 from minimax_jax.jobs.source import Source
 from minimax_jax.jobs.view import View
 from minimax_jax.layout.specs import Entry

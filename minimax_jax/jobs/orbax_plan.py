@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import JobError, Problem, raise_if
 from minimax_jax.io.orbax import chunk_rows
-from minimax_jax.jobs.plan import RUNTIME_BYTES, require_workers
+from minimax_jax.jobs.budget import over_budget, peak_bytes, require_workers, share_bytes
 from minimax_jax.jobs.source import Source, batches, layout_specs
 from minimax_jax.jobs.units import COPIES_OF_INPUT, COPIES_OF_OUTPUT
 from minimax_jax.layout.arrangement import Arrangement, arrange
@@ -83,7 +83,7 @@ class OrbaxPlan:
     @property
     def peak_bytes(self) -> int:
         """Most memory over what the process has at the start: the largest units at a time, and what jax takes once."""
-        return RUNTIME_BYTES + self.workers * max(unit.memory_bytes for unit in self.units)
+        return peak_bytes(self.units, self.workers)
 
 
 def plan(source: Source, dtype: str, *, max_memory_bytes: int, workers: int, layout: Layout = "native") -> OrbaxPlan:
@@ -101,7 +101,7 @@ def plan(source: Source, dtype: str, *, max_memory_bytes: int, workers: int, lay
         expected = ", ".join(SCALED_DTYPES)
         raise JobError(Problem(what="no such dtype of block-scaled weights", expected=expected, got=dtype))
     entries = tuple(source.survey.entries)
-    most = max(1, min(_UNIT_BYTES, (max_memory_bytes - RUNTIME_BYTES) // workers))
+    most = max(1, min(_UNIT_BYTES, share_bytes(max_memory_bytes, workers)))
     specs, chunks = _arrays(entries, source, layout, dtype)
     made = OrbaxPlan(
         source=source,
@@ -113,17 +113,9 @@ def plan(source: Source, dtype: str, *, max_memory_bytes: int, workers: int, lay
         units=tuple(unit for entry in entries for unit in _units(entry, source, layout, dtype, most)),
         workers=workers,
     )
-    raise_if(_over_budget(made, max_memory_bytes), JobError)
+    largest = max(made.units, key=lambda unit: unit.memory_bytes)
+    raise_if(over_budget(largest.memory_bytes, max_memory_bytes, workers, key=largest.entry.native), JobError)
     return made
-
-
-def _over_budget(made: OrbaxPlan, max_memory_bytes: int) -> Iterator[Problem]:
-    if made.peak_bytes > max_memory_bytes:
-        largest = max(made.units, key=lambda unit: unit.memory_bytes)
-        expected = f"at least {made.peak_bytes:,} bytes with {made.workers} workers"
-        what, remedy = "memory budget too small for one unit of work", "raise --max-memory, or use fewer --workers"
-        got = f"{max_memory_bytes:,} bytes"
-        yield Problem(what=what, key=largest.entry.native, expected=expected, got=got, remedy=remedy)
 
 
 def _stored(entry: Entry, source: Source, dtype: str) -> str:

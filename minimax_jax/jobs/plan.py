@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from minimax_jax.display import Displayed
-from minimax_jax.errors import JobError, Problem, raise_if
+from minimax_jax.errors import JobError, raise_if
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES, ShardLayout, TensorOut, lay_out
+from minimax_jax.jobs.budget import LEAST_UNIT_BYTES, over_budget, peak_bytes, require_workers, share_bytes
 from minimax_jax.jobs.source import SIDECAR_STEM, Source, batches, layout_specs, same_form, sidecar_metadata
 from minimax_jax.jobs.units import COPIES_OF_INPUT, COPIES_OF_OUTPUT, Convert, Copy, GroupScales, Output, Unit
 from minimax_jax.layout.check import Layout
@@ -22,14 +23,8 @@ from minimax_jax.layout.table import SCALE_SUFFIX
 DEFAULT_MEMORY_BYTES = 4 * 2**30
 DEFAULT_WORKERS = 2
 
-RUNTIME_BYTES = 256 * 2**20
-"""What jax's compiled programs, threads and allocator take once, whatever the checkpoint (measured: 110 to 250 MB)."""
-
 _UNIT_BYTES = 64 * 2**20
 """Most memory of one unit where it can be split: larger units are no faster and only hold more memory."""
-
-_LEAST_UNIT_BYTES = 2**20
-"""Smaller units would be too many; a budget below this is refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,8 +74,8 @@ class Plan(Displayed):
 
     @property
     def peak_bytes(self) -> int:
-        """Most memory over what the process has at the start: the largest units at a time, and jax's own."""
-        return RUNTIME_BYTES + sum(sorted((unit.memory_bytes for unit in self.units), reverse=True)[: self.workers])
+        """Most memory over what the process has at the start: the largest units at a time, and what jax takes once."""
+        return peak_bytes(self.units, self.workers)
 
     def views(self) -> Iterable[Any]:
         """What there is to look at."""
@@ -117,8 +112,8 @@ def plan(
     Args:
         source: an opened checkpoint.
         target: the form to convert to.
-        max_memory_bytes: budget over what the process has at the start: for all units that run at a time, and
-            `RUNTIME_BYTES`.
+        max_memory_bytes: budget over what the process has at the start: for all units that run at a time, and what
+            jax takes once.
         workers: how many units run at a time.
         shard_bytes: most bytes of tensor data in one output file.
 
@@ -126,8 +121,7 @@ def plan(
         JobError: the budget is too small for the largest unit; says what is needed. No workers, or no shard size.
     """
     require_workers(workers)
-    share = (max_memory_bytes - RUNTIME_BYTES) // workers
-    most = max(_LEAST_UNIT_BYTES, min(share, _UNIT_BYTES))
+    most = max(LEAST_UNIT_BYTES, min(share_bytes(max_memory_bytes, workers), _UNIT_BYTES))
     entries = tuple(source.survey.entries)
     outputs = [spec for entry in entries for spec in _written(entry, source, target)]
     kept = [entry for entry in entries if target.layout == "native" and _loses_scales(entry, source, target)]
@@ -142,22 +136,9 @@ def plan(
         sidecar=_sidecar(kept, source),
         workers=workers,
     )
-    raise_if(_over_budget(made, max_memory_bytes), JobError)
+    largest = max(unit.memory_bytes for unit in made.units)
+    raise_if(over_budget(largest, max_memory_bytes, workers), JobError)
     return made
-
-
-def require_workers(workers: int) -> None:
-    """Raise a JobError where there is nobody to work."""
-    if workers < 1:
-        raise JobError(Problem(what="no workers", expected="at least 1", got=str(workers)))
-
-
-def _over_budget(made: Plan, max_memory_bytes: int) -> Iterator[Problem]:
-    needed = RUNTIME_BYTES + made.workers * max(unit.memory_bytes for unit in made.units)
-    if needed > max_memory_bytes:
-        expected, got = f"at least {needed:,} bytes with {made.workers} workers", f"{max_memory_bytes:,} bytes"
-        what, remedy = "memory budget too small for one unit of work", "raise --max-memory, or use fewer --workers"
-        yield Problem(what=what, expected=expected, got=got, remedy=remedy)
 
 
 def _stored_dtype(entry: Entry, source: Source, target: Target) -> str:

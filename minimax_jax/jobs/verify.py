@@ -17,12 +17,12 @@ import numpy as np
 
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.jobs.architecture import require_same_architecture
+from minimax_jax.jobs.budget import require_workers
 from minimax_jax.jobs.certified import Certificate, Held, hold
 from minimax_jax.jobs.compare import RELATIONS
 from minimax_jax.jobs.digests import config_digest, file_digests, overall
 from minimax_jax.jobs.look import Look, look_at, pieces, stored_bytes
 from minimax_jax.jobs.numbers import merged
-from minimax_jax.jobs.plan import require_workers
 from minimax_jax.jobs.sample import Sample, draw
 from minimax_jax.jobs.source import Source
 from minimax_jax.jobs.verification import By, Digested, LayerSummary, Verification

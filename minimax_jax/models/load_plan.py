@@ -7,18 +7,13 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from minimax_jax.errors import JobError, Problem, raise_if
+from minimax_jax.errors import JobError, raise_if
+from minimax_jax.jobs.budget import FOR_A_CALL, LEAST_UNIT_BYTES, over_budget, require_workers, share_bytes
 from minimax_jax.models.boxes import Box, Span, merge, shape_of
 from minimax_jax.models.pieces import Goal, Piece, Want
 
-RUNTIME_BYTES = 256 * 2**20
-"""What jax's compiled programs, threads and allocator take once, whatever the checkpoint."""
-
 _UNIT_BYTES = 256 * 2**20
 """Most memory of one unit where it can be split; larger units are no faster."""
-
-_LEAST_UNIT_BYTES = 2**20
-"""Smaller units would be too many; a budget below this is refused."""
 
 _COPIES_OF_INPUT, _COPIES_OF_OUTPUT = 2, 3
 """What a unit holds in host memory: what it read and a copy for the devices; its output and two temporaries like it,
@@ -92,18 +87,14 @@ def unit_bytes_of(max_memory_bytes: int, workers: int) -> int:
     Raises:
         JobError: no workers.
     """
-    if workers < 1:
-        raise JobError(Problem(what="no workers", expected="at least 1", got=str(workers)))
-    return max(_LEAST_UNIT_BYTES, min((max_memory_bytes - RUNTIME_BYTES) // workers, _UNIT_BYTES))
+    require_workers(workers)
+    return max(LEAST_UNIT_BYTES, min(share_bytes(max_memory_bytes, workers), _UNIT_BYTES))
 
 
 def require_budget(units: Iterable[Unit], max_memory_bytes: int, workers: int) -> None:
     """Raise a JobError where the largest unit does not fit the budget; it says what is needed."""
-    needed = RUNTIME_BYTES + workers * max((unit.memory_bytes for unit in units), default=0)
-    if needed > max_memory_bytes:
-        expected, got = f"at least {needed:,} bytes with {workers} workers", f"{max_memory_bytes:,} bytes"
-        what, remedy = "memory budget too small for one unit of work", "raise max_memory_bytes, or use fewer workers"
-        raise_if([Problem(what=what, expected=expected, got=got, remedy=remedy)], JobError)
+    largest = max((unit.memory_bytes for unit in units), default=0)
+    raise_if(over_budget(largest, max_memory_bytes, workers, remedy=FOR_A_CALL), JobError)
 
 
 def _units(goal: Goal, boxes: list[Box], unit_bytes: int) -> Iterator[Unit]:

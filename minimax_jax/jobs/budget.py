@@ -1,0 +1,68 @@
+"""The memory that a job may take: what jax takes once, and as many units of work as run at a time."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from minimax_jax.errors import JobError, Problem
+
+RUNTIME_BYTES = 256 * 2**20
+"""What jax's compiled programs, threads and allocator take once, whatever the checkpoint (measured: 110 to 250 MB)."""
+
+LEAST_UNIT_BYTES = 2**20
+"""Smaller units of work would be too many; a budget below this is refused."""
+
+FOR_A_COMMAND = "raise --max-memory, or use fewer --workers"
+FOR_A_CALL = "raise max_memory_bytes, or use fewer workers"
+
+
+class Work(Protocol):
+    """What a budget knows of a unit of work."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak memory of the unit."""
+
+
+def require_workers(workers: int) -> None:
+    """Raise a JobError where there is nobody to work."""
+    if workers < 1:
+        raise JobError(Problem(what="no workers", expected="at least 1", got=str(workers)))
+
+
+def share_bytes(max_memory_bytes: int, units: int) -> int:
+    """What a budget leaves for each of `units` that run at a time; negative where it does not hold even jax."""
+    return (max_memory_bytes - RUNTIME_BYTES) // units
+
+
+def peak_bytes(units: Iterable[Work], workers: int) -> int:
+    """Most memory over what the process has at the start: the largest units at a time, and what jax takes once."""
+    return RUNTIME_BYTES + sum(heapq.nlargest(workers, (unit.memory_bytes for unit in units)))
+
+
+def over_budget(
+    unit_bytes: int,
+    max_memory_bytes: int,
+    workers: int,
+    *,
+    waiting: int = 0,
+    key: str | None = None,
+    remedy: str = FOR_A_COMMAND,
+) -> Iterator[Problem]:
+    """A problem where a budget does not hold the largest unit of work as often as it may be held.
+
+    Args:
+        unit_bytes: peak memory of the unit.
+        max_memory_bytes: the budget.
+        workers: how many units run at a time.
+        waiting: how many more are held meanwhile.
+        key: the tensor of the unit.
+        remedy: how the caller gives the budget.
+    """
+    needed = RUNTIME_BYTES + (workers + waiting) * unit_bytes
+    if needed > max_memory_bytes:
+        expected, got = f"at least {needed:,} bytes with {workers} workers", f"{max_memory_bytes:,} bytes"
+        what = "memory budget too small for one unit of work"
+        yield Problem(what=what, key=key, expected=expected, got=got, remedy=remedy)
