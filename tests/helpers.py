@@ -53,16 +53,15 @@ def bits(array):
     return array.view(f"u{array.dtype.itemsize}")
 
 
-def differences(got, want):
-    """Names that only one tree has, and names of arrays that differ in dtype, shape or any bit; none if all is well."""
-    return [
-        key
-        for key in sorted(got.keys() | want.keys())
-        if key not in got
-        or key not in want
-        or got[key].dtype != want[key].dtype
-        or not np.array_equal(bits(got[key]), bits(want[key]))
-    ]
+def same(got, want):
+    """Whether two arrays are the same in dtype, shape and every bit."""
+    return got.dtype == want.dtype and np.array_equal(bits(got), bits(want))
+
+
+def differences(got, want, same=same):
+    """Names that only one tree has, and names of arrays that are not the same; none if all is well."""
+    both = got.keys() & want.keys()
+    return [key for key in sorted(got.keys() | want.keys()) if key not in both or not same(got[key], want[key])]
 
 
 def dequantize(codes, scale_inv, dtype, block=(128, 128)):

@@ -3,6 +3,7 @@
 import importlib
 import warnings
 
+import helpers
 import torch
 from helpers import random_hf
 
@@ -55,13 +56,11 @@ def assert_same(got, want):
     assert torch.equal(bits(got), bits(want))
 
 
+def same(got, want):
+    """Whether two tensors are the same in dtype, shape and every bit."""
+    return (got.dtype, got.shape) == (want.dtype, want.shape) and torch.equal(bits(got), bits(want))
+
+
 def differences(got, want):
-    """Names that only one state dict has, and names of tensors that differ in dtype, shape or any bit."""
-    return [
-        key
-        for key in sorted(got.keys() | want.keys())
-        if key not in got
-        or key not in want
-        or (got[key].dtype, got[key].shape) != (want[key].dtype, want[key].shape)
-        or not torch.equal(bits(got[key]), bits(want[key]))
-    ]
+    """Names that only one state dict has, and names of tensors that are not the same."""
+    return helpers.differences(got, want, same)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from config_cases import PUBLISHED
 from helpers import BF16, bits, config, differences, native_of, random_hf
 from torch_helpers import in_torch
 
@@ -169,18 +170,8 @@ def test_a_partial_stack_is_refused():
 
 
 def test_the_published_sizes_in_maxtext():
-    real = config(
-        hidden_size=3072,
-        intermediate_size=1536,
-        num_hidden_layers=62,
-        num_local_experts=256,
-        num_attention_heads=48,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=200064,
-        rotary_dim=64,
-    )
-    tree = jax.eval_shape(lambda native: mj.to_layout(native, real, layout="maxtext"), specs(real).abstract())
+    abstract = specs(PUBLISHED).abstract()
+    tree = jax.eval_shape(lambda native: mj.to_layout(native, PUBLISHED, layout="maxtext"), abstract)
     moe = mj.nest(tree)["params"]["params"]["decoder"]["layers"]["moe_block"]
     assert {name: moe[name].shape for name in ("wi_0", "wi_1", "wo")} == {
         "wi_0": (256, 62, 3072, 1536),

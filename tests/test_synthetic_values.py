@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from config_cases import PUBLISHED
 
 from minimax_jax.errors import ConfigError, LayoutError
 from minimax_jax.layout.specs import specs
@@ -40,7 +41,7 @@ def blocks(matrix, block):
 
 def test_config_changes_layers_experts_and_anything_else():
     assert config() == TINY
-    assert config(real=True) == REAL
+    assert config(real=True) == REAL == PUBLISHED
     assert config(real=True, layers=2, experts=64) == REAL.replace(num_hidden_layers=2, num_local_experts=64)
     assert config(experts=1).num_experts_per_tok == 1
     assert config(real=True, experts=4).num_experts_per_tok == 4
