@@ -62,6 +62,13 @@ def plan(path: str) -> dict[str, Any]:
     return found
 
 
+def pieces() -> dict[str, Any]:
+    """See `pieces.pieces`."""
+    from benchmarks.speed.pieces import pieces
+
+    return dict(pieces())
+
+
 def convert(path: str, destination: str, to: str, dtype: str) -> dict[str, Any]:
     """Peak memory of a conversion over the imports, and its seconds, the first call of everything included."""
     import jax.numpy as jnp
@@ -130,7 +137,7 @@ def _grown(path: str, destination: str, **options: Any) -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
-    task.__name__: task for task in (start, plan, convert, load, grow, team)
+    task.__name__: task for task in (start, plan, pieces, convert, load, grow, team)
 }
 
 if __name__ == "__main__":

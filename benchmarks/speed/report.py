@@ -119,6 +119,9 @@ def _alone(run: Run) -> Iterator[tuple[str, str]]:
                 f"{found['seconds']:.2f} s with the first call of all, {found['peak_bytes'] / 1e6:.0f} MB at its peak"
             )
             yield task, text
+        elif task == "pieces":
+            for name, value in found.items():
+                yield f"{name}, in the cache of one core", f"{value:.1f} G elements/s"
         else:
             for name, value in found.items():
                 yield name, f"{value:.2f} s" if isinstance(value, float) else f"{value:,}"
