@@ -8,13 +8,16 @@ Source: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import reprlib
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,14 +35,17 @@ METADATA_KEY = "__metadata__"
 _PREFIX_BYTES = 8
 _MAX_SIZE = 2**63 - 1
 _MAX_AXES = 64  # numpy's limit
-_MAX_ELEMENTS = _MAX_SIZE // max(dtype.itemsize for dtype in DTYPES.values())
-_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+_MAX_ELEMENTS = _MAX_SIZE // max(_ITEM_BYTES.values())
 _LFS_POINTER = b"version "
+_fields = itemgetter("dtype", "shape", "data_offsets")
+_place = attrgetter("start", "stop")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where the bytes of one tensor lie.
+
+    A checkpoint has 100,000 of them, and a named tuple is made in a third of the time that a frozen dataclass takes.
 
     Attributes:
         key: its name in the file.
@@ -116,11 +122,11 @@ def parse_header(text: bytes, *, file: Location, file_bytes: int) -> Header:
     entries = parse_object(text, file=file, what="header")
     metadata = entries.pop(METADATA_KEY, {})
     problems = list(_metadata_problems(metadata, file))
-    for key, entry in entries.items():
-        problems += _entry_problems(key, entry, file)
+    problems += (_problem(key, fault, file) for key, entry in entries.items() for fault in _entry_faults(entry))
     raise_if(problems, FormatError)
     data_start = _PREFIX_BYTES + len(text)
-    infos = sorted((_info(key, entry, file, data_start) for key, entry in entries.items()), key=_place)
+    infos = [_info(key, entry, file, data_start) for key, entry in entries.items()]
+    infos.sort(key=_place)
     raise_if(_range_problems(infos, data_start, file, file_bytes), FormatError)
     return Header(file=file, tensors={info.key: info for info in infos}, metadata=metadata, file_bytes=file_bytes)
 
@@ -147,18 +153,21 @@ def is_shape(value: object) -> bool:
 
     Axes of length 0 are set aside in that count, as in numpy.
     """
-    if not isinstance(value, list | tuple) or len(value) > _MAX_AXES or not all(map(_is_size, value)):
+    if not isinstance(value, (list, tuple)) or len(value) > _MAX_AXES:
         return False
-    elements: int = math.prod(filter(None, value))
+    elements = 1
+    for size in value:
+        if type(size) is not int or size < 0:
+            return False
+        elements *= size or 1
     return elements <= _MAX_ELEMENTS
 
 
 def _are_offsets(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_size, value)) and value == sorted(value)
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_SIZE
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    begin, end = value
+    return type(begin) is type(end) is int and 0 <= begin <= end <= _MAX_SIZE
 
 
 def _header_length(prefix: bytes, file: Location, file_bytes: int) -> int:
@@ -190,27 +199,31 @@ def _metadata_problems(metadata: object, file: Location) -> Iterator[Problem]:
             yield Problem(what="metadata value is not text", file=str(file), key=METADATA_KEY, got=got)
 
 
-def _entry_problems(key: str, entry: object, file: Location) -> list[Problem]:
-    def problem(what: str, expected: str, got: object) -> Problem:
-        return Problem(what=what, file=str(file), key=shown(key), expected=expected, got=reprlib.repr(got))
-
-    if not isinstance(entry, dict) or not entry.keys() >= _FIELDS:
-        return [problem("tensor lacks a field", "an object with dtype, shape, data_offsets", entry)]
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    found = []
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        found.append(problem("unsupported dtype", f"one of {', '.join(DTYPES)}", dtype))
+def _entry_faults(entry: Any) -> list[tuple[str, str, object]]:
+    """All that is wrong with the JSON value of a tensor, each time: what, expected, got."""
+    try:
+        dtype, shape, offsets = _fields(entry)
+    except (KeyError, TypeError):
+        return [("tensor lacks a field", "an object with dtype, shape, data_offsets", entry)]
+    found: list[tuple[str, str, object]] = []
+    item_bytes = _ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
+    if item_bytes is None:
+        found.append(("unsupported dtype", f"one of {', '.join(DTYPES)}", dtype))
     if not is_shape(shape):
         expected = f"at most {_MAX_AXES} non-negative integers, less than 2**63 bytes in all"
-        found.append(problem("impossible shape", expected, shape))
+        found.append(("impossible shape", expected, shape))
     if not _are_offsets(offsets):
-        found.append(problem("impossible data_offsets", "two integers, 0 <= begin <= end", offsets))
-    if not found:
-        needed = math.prod(shape) * DTYPES[dtype].itemsize
-        if offsets[1] - offsets[0] != needed:
-            got = f"{offsets[1] - offsets[0]:,}"
-            found.append(problem("data_offsets do not match dtype and shape", f"{needed:,} bytes", got))
+        found.append(("impossible data_offsets", "two integers, 0 <= begin <= end", offsets))
+    if item_bytes is not None and not found:
+        nbytes, needed = offsets[1] - offsets[0], math.prod(shape) * item_bytes
+        if nbytes != needed:
+            found.append(("data_offsets do not match dtype and shape", f"{needed:,} bytes", f"{nbytes:,}"))
     return found
+
+
+def _problem(key: str, fault: tuple[str, str, object], file: Location) -> Problem:
+    what, expected, got = fault
+    return Problem(what=what, file=str(file), key=shown(key), expected=expected, got=reprlib.repr(got))
 
 
 def _range_problems(infos: list[TensorInfo], data_start: int, file: Location, file_bytes: int) -> Iterator[Problem]:
@@ -230,10 +243,11 @@ def _range_problems(infos: list[TensorInfo], data_start: int, file: Location, fi
 
 
 def _info(key: str, entry: dict[str, Any], file: Location, data_start: int) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    shape, start, stop = tuple(entry["shape"]), data_start + begin, data_start + end
-    return TensorInfo(key=key, dtype=entry["dtype"], shape=shape, file=file, start=start, stop=stop)
+    dtype, shape, (begin, end) = _fields(entry)
+    return TensorInfo(key, sys.intern(dtype), _shared(tuple(shape)), file, data_start + begin, data_start + end)
 
 
-def _place(info: TensorInfo) -> tuple[int, int]:
-    return info.start, info.stop
+@functools.lru_cache(maxsize=256)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One tuple for all tensors of a shape: there are few shapes, and many tensors."""
+    return shape

@@ -25,10 +25,12 @@ def parse_object(text: bytes, *, file: Location, what: str) -> dict[str, Any]:
         FormatError: `text` is not UTF-8, not JSON, not an object, nested too deeply, or names a key twice.
     """
     repeated: list[str] = []
+    escapes = b"\\u" in text  # UTF-8 itself has no surrogates
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         merged = dict(pairs)
-        "".join(merged).encode()  # raises on an unpaired surrogate
+        if escapes:
+            "".join(merged).encode()  # raises on an unpaired surrogate
         if len(merged) != len(pairs):
             repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         return merged
