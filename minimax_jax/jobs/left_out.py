@@ -72,9 +72,11 @@ def set_aside(
         )
         for prefix, keys in groups.items()
     )
+    if not aside:
+        return checkpoint, ()
     gone = {key for keys in groups.values() for key in keys}
     tensors = {key: info for key, info in checkpoint.tensors.items() if key not in gone}
-    return (dataclasses.replace(checkpoint, tensors=tensors) if gone else checkpoint), aside
+    return dataclasses.replace(checkpoint, tensors=tensors), aside
 
 
 def require_found(named: Iterable[str], left_out: Iterable[LeftOut]) -> None:

@@ -58,6 +58,11 @@ class Arrangement:
         return tuple(region)
 
 
+def stored_names(entry: Entry, layout: str) -> tuple[str, ...]:
+    """The tensors of a further layout in which an entry lies: one, or one for each part."""
+    return tuple(named(name, entry.prefix, entry.layer) for name in FORMS[layout][entry.row].names)
+
+
 def arrange(entry: Entry, layout: str, *, rows: int | None = None, scales: bool = False) -> Arrangement:
     """How an entry (or some experts of it) lies in a further layout.
 
@@ -79,7 +84,7 @@ def arrange(entry: Entry, layout: str, *, rows: int | None = None, scales: bool 
     inner = [axis for step in steps for axis in step]
     layer_axis = form.axes.index(LAYER) if LAYER in form.axes else None
     return Arrangement(
-        names=tuple(named(name, entry.prefix, entry.layer) for name in form.names),
+        names=stored_names(entry, layout),
         split=tuple(sizes[axis] for axis in axes),
         order=tuple(axes.index(axis) for axis in ([_PART] if apart else []) + inner),
         apart=apart,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Set
 
 from minimax_jax.errors import LayoutError, Problem, raise_if
-from minimax_jax.layout.arrangement import arrange
+from minimax_jax.layout.arrangement import stored_names
 from minimax_jax.layout.check import table_of
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.forms import FORMS
@@ -46,7 +46,7 @@ def left_out(keys: Collection[str], config: MiniMaxConfig, named: Collection[str
 
 def _own_names(table: Specs) -> Set[str]:
     """The names of all tensors of the model, in any layout."""
-    further = (name for form in FORMS for entry in table.entries for name in arrange(entry, form).names)
+    further = (name for form in FORMS for entry in table.entries for name in stored_names(entry, form))
     stored = {*table.by_native, *further}
     return {*table.places, *stored, *(name + SCALE_SUFFIX for name in stored)}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from minimax_jax.dtypes import FLOATS
 from minimax_jax.errors import LayoutError, Problem
-from minimax_jax.layout.arrangement import arrange
+from minimax_jax.layout.arrangement import arrange, stored_names
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.diagnosis import Stored, explain, problem_of
 from minimax_jax.layout.forms import FURTHER, HOLDING_FP8
@@ -93,7 +93,7 @@ def _settle(tensors: Mapping[str, Stored], table: Specs, layout: Layout | None) 
 
 def _own_names(table: Specs) -> Iterator[tuple[Layout, Iterable[str]]]:
     """Names of weights that one layout alone has."""
-    further = {layout: {n for entry in table.entries for n in arrange(entry, layout).names} for layout in FURTHER}
+    further = {layout: {n for entry in table.entries for n in stored_names(entry, layout)} for layout in FURTHER}
     shared = set().union(*further.values())
     yield "native", (name for name in table.by_native if name not in table.places and name not in shared)
     yield "hf", (key for entry in table.entries for keys in entry.keys for key in keys if key != entry.native)
@@ -128,11 +128,16 @@ class EntryCheck:
         """Everything that is wrong with the entry."""
         yield from self._missing()
         yield from self._mixed()
+        sound = set()  # what is right of one weight and its scales is right of all that are stored alike
         for key in self.weights:
-            if key in self.tensors:
-                yield from self._weight(key, self.tensors[key])
-            if self.entry.row.scaled:
-                yield from self._scale(key)
+            weight = self.tensors.get(key)
+            scale = self.tensors.get(key + SCALE_SUFFIX) if self.entry.row.scaled else None
+            form = _form(weight), _form(scale)
+            if form not in sound:
+                found = [*self._weight(key, weight), *self._scale(key, weight, scale)]
+                yield from found
+                if not found:
+                    sound.add(form)
 
     def _missing(self) -> Iterator[Problem]:
         missing = [key for key in self.weights if key not in self.tensors]
@@ -149,7 +154,9 @@ class EntryCheck:
             what, got = "weights of one tensor differ in dtype", " and ".join(sorted(first_keys))
             yield problem_of(what, key, self.tensors[key], expected=f"{self.dtype} throughout", got=got)
 
-    def _weight(self, key: str, stored: Stored) -> Iterator[Problem]:
+    def _weight(self, key: str, stored: Stored | None) -> Iterator[Problem]:
+        if stored is None:
+            return
         allowed = ("F8_E4M3", *FLOATS) if self.entry.row.scaled and self.layout in HOLDING_FP8 else FLOATS
         shape = _shape(self.entry, self.layout)
         if stored.dtype not in allowed:
@@ -159,11 +166,10 @@ class EntryCheck:
             got = str(list(stored.shape))
             yield problem_of("wrong shape", key, stored, expected=str(list(shape)), got=got, remedy=remedy)
 
-    def _scale(self, weight_key: str) -> Iterator[Problem]:
+    def _scale(self, weight_key: str, weight: Stored | None, scale: Stored | None) -> Iterator[Problem]:
         key = weight_key + SCALE_SUFFIX
-        weight, scale = self.tensors.get(weight_key), self.tensors.get(key)
         quantized = weight is not None and weight.dtype == "F8_E4M3"
-        if weight is not None and quantized and scale is None:
+        if weight is not None and quantized and scale is None and self.entry.row.scaled:
             expected = f"a tensor of that name with {SCALE_SUFFIX} behind it"
             yield problem_of("FP8 weight without its scales", weight_key, weight, expected=expected, got="none")
         if scale is None:
@@ -183,7 +189,11 @@ def _weights(entry: Entry, layout: Layout) -> list[str]:
     """Names of the tensors that hold the weights of an entry."""
     if layout == "hf":
         return [key for keys in entry.keys for key in keys]
-    return [entry.native] if layout == "native" else list(arrange(entry, layout).names)
+    return [entry.native] if layout == "native" else list(stored_names(entry, layout))
+
+
+def _form(stored: Stored | None) -> tuple[str, tuple[int, ...]] | None:
+    return None if stored is None else (stored.dtype, stored.shape)
 
 
 def _shape(entry: Entry, layout: Layout, *, scales: bool = False) -> tuple[int, ...]:
