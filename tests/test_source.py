@@ -1,6 +1,7 @@
 """Opening a checkpoint for work: config, headers and sidecar held against each other before anything runs."""
 
 import json
+import math
 import shutil
 import sys
 
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.errors import ConfigError, FormatError, LayoutError
-from minimax_jax.jobs.source import batches, open_source
-from minimax_jax.layout.specs import specs
+from minimax_jax.jobs.source import batches, layout_specs, open_source
+from minimax_jax.jobs.units import GroupScales
+from minimax_jax.layout.forms import HOLDING_FP8
+from minimax_jax.layout.specs import specs, total_bytes
 
 CONFIG = synthetic.config(layers=1, experts=3)
 DOWN = "model.layers.0.mlp.experts.down_projs"
@@ -91,6 +94,23 @@ def test_batches_are_all_experts_once():
         assert [batch.experts for batch, _ in found] == sizes
         assert [keys for batch, _ in found for keys in batch.keys] == list(entry.keys)
         assert all(batch.keys[0] == entry.keys[first] for batch, first in found)
+
+
+@pytest.mark.parametrize("layout", ["hf", "native", "transformers-v5", "maxtext", "maxtext-unscanned"])
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "BF16", "F32"])
+def test_an_entry_takes_as_many_bytes_in_every_layout(layout, dtype):
+    config = CONFIG.replace(weight_block_size=(7, 16), hidden_size=40, intermediate_size=24)  # grids have a remainder
+    sizes = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
+    for entry in specs(config).entries:
+        held = entry.dtype(dtype if layout in HOLDING_FP8 else "BF16")
+        expected = sum(math.prod(spec.shape) * sizes[spec.dtype] for spec in layout_specs(entry, layout, held))
+        assert entry.nbytes(held) == expected
+
+
+def test_block_scales_take_as_many_bytes_grouped_as_published():
+    for entry in specs(CONFIG.replace(weight_block_size=(7, 16), hidden_size=40)).entries:
+        if entry.row.scaled:
+            assert GroupScales(entry=entry, first=0).read_bytes == total_bytes(entry.scale_specs())
 
 
 # --- config.json -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from minimax_jax.jobs.budget import over_budget, share_bytes
 from minimax_jax.jobs.quantize import quantize_leaf
 from minimax_jax.jobs.read import read_leaf, rows_of
 from minimax_jax.jobs.source import Source, batches
-from minimax_jax.layout.specs import Entry, TensorSpec, total_bytes
+from minimax_jax.layout.specs import Entry, TensorSpec
 from minimax_jax.layout.table import SCALE_SUFFIX
 from minimax_jax.leaves import Leaf, recast
 from minimax_jax.ops.scaled import BlockScaled
@@ -167,7 +167,7 @@ def _units(entry: Entry, source: Source, dtype: str, most_bytes: int) -> Iterato
     for some, first in batches(entry, _memory_bytes(entry, source, target), most_bytes):
         narrow = zip(entry.native_specs(target), some.native_specs(target), strict=True)
         chunks = tuple(Chunk(whole=whole, first=first, rows=part.shape[0]) for whole, part in narrow)
-        read_bytes, memory_bytes = total_bytes(source.specs(some)), _memory_bytes(some, source, target)
+        read_bytes, memory_bytes = source.nbytes(some), _memory_bytes(some, source, target)
         yield Unit(entry=some, chunks=chunks, read_bytes=read_bytes, memory_bytes=memory_bytes, as_it_is=False)
 
 
@@ -182,5 +182,5 @@ def _rows(entry: Entry, stored: str, most_bytes: int) -> Iterator[Unit]:
 
 
 def _memory_bytes(entry: Entry, source: Source, target: str) -> int:
-    read, written = total_bytes(source.specs(entry)), total_bytes(entry.native_specs(target))
+    read, written = source.nbytes(entry), entry.nbytes(target)
     return _COPIES_OF_INPUT * read + _COPIES_OF_OUTPUT * written

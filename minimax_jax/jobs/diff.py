@@ -18,7 +18,7 @@ from minimax_jax.jobs.budget import require_workers
 from minimax_jax.jobs.compare import Weight
 from minimax_jax.jobs.difference import Difference, difference, total
 from minimax_jax.jobs.heap import give_back
-from minimax_jax.jobs.look import pieces, row_steps, stored_bytes
+from minimax_jax.jobs.look import pieces, row_steps
 from minimax_jax.jobs.sample import Sample, draw
 from minimax_jax.jobs.source import Source
 from minimax_jax.jobs.view import View
@@ -144,7 +144,7 @@ _ORDER: Mapping[Rank, Callable[[WeightDiff], tuple[float, float]]] = {
 def _by_weight(
     sources: Sequence[Source], entries: Sequence[Entry], workers: int, progress: Callable[[Progress], None] | None
 ) -> dict[str, Difference]:
-    ticker = Ticker(sum(stored_bytes(source, entry) for source in sources for entry in entries), progress)
+    ticker = Ticker(sum(source.nbytes(entry) for source in sources for entry in entries), progress)
     seen: dict[str, Difference] = {}
     with contextlib.ExitStack() as stack:
         views = [View(source, stack.enter_context(source.reader())) for source in sources]
@@ -160,7 +160,7 @@ def _look_at(views: Sequence[View], piece: tuple[Entry, int]) -> tuple[dict[str,
     """The weights of a piece, and the bytes that were read for it."""
     entry, first = piece
     found = dict(_in_blocks(views, entry, first) if entry.row.scaled else _in_rows(views, entry))
-    nbytes = sum(stored_bytes(view.source, entry) for view in views)
+    nbytes = sum(view.source.nbytes(entry) for view in views)
     give_back(nbytes)
     return found, nbytes
 

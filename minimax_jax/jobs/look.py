@@ -13,7 +13,7 @@ from minimax_jax.jobs.heap import give_back
 from minimax_jax.jobs.numbers import Unusual, unusual
 from minimax_jax.jobs.source import Source, batches
 from minimax_jax.jobs.view import View
-from minimax_jax.layout.specs import Entry, total_bytes
+from minimax_jax.layout.specs import Entry
 from minimax_jax.layout.table import SCALE_SUFFIX
 
 _PIECE_BYTES = 32 * 2**20
@@ -53,12 +53,7 @@ def row_steps(sources: Sequence[Source], entry: Entry) -> Iterator[tuple[int, in
 
 
 def _most_bytes(sources: Sequence[Source], entry: Entry) -> int:
-    return max(stored_bytes(source, entry) for source in sources)
-
-
-def stored_bytes(source: Source, entry: Entry) -> int:
-    """Bytes of the stored tensors of an entry."""
-    return total_bytes(source.specs(entry))
+    return max(source.nbytes(entry) for source in sources)
 
 
 def look_at(views: Sequence[View], piece: tuple[Entry, int]) -> Look:
@@ -118,7 +113,7 @@ def row_chunks(views: Sequence[View], entry: Entry) -> Iterator[list[Array]]:
 
 def read_bytes(views: Sequence[View], entry: Entry) -> int:
     """Bytes of the stored tensors of an entry in all of the views."""
-    return sum(stored_bytes(view.source, entry) for view in views)
+    return sum(view.source.nbytes(entry) for view in views)
 
 
 def _unusual(tensors: Mapping[str, Array]) -> Iterator[Unusual]:

@@ -30,7 +30,7 @@ from minimax_jax.jobs.figures import (
 )
 from minimax_jax.jobs.heap import give_back
 from minimax_jax.jobs.inspect import inspect
-from minimax_jax.jobs.look import pieces, read_bytes, row_chunks, stored_bytes
+from minimax_jax.jobs.look import pieces, read_bytes, row_chunks
 from minimax_jax.jobs.numbers import Unusual, merged, unusual
 from minimax_jax.jobs.overview import Counts, Figures, Overview, Scaled
 from minimax_jax.jobs.source import Source
@@ -99,7 +99,7 @@ def _measure_all(
     sources: Sequence[Source], workers: int, progress: Callable[[Progress], None] | None
 ) -> Iterator[_Found]:
     entries = tuple(sources[0].survey.entries)
-    ticker = Ticker(sum(stored_bytes(source, entry) for source in sources for entry in entries), progress)
+    ticker = Ticker(sum(source.nbytes(entry) for source in sources for entry in entries), progress)
     with contextlib.ExitStack() as stack:
         views = [View(source, stack.enter_context(source.reader())) for source in sources]
         pool = stack.enter_context(ThreadPoolExecutor(workers, thread_name_prefix="report"))

@@ -166,7 +166,7 @@ def _units(entry: Entry, source: Source, layout: Layout, dtype: str, most_bytes:
         return
     for some, first in batches(entry, _memory(entry, source, layout, dtype), most_bytes):
         stop = first + some.experts if entry.row.grouped else entry.shape[0]
-        read, memory = total_bytes(source.specs(some)), _memory(some, source, layout, dtype)
+        read, memory = source.nbytes(some), _memory(some, source, layout, dtype)
         yield OrbaxUnit(entry=some, first=first, stop=stop, read_bytes=read, memory_bytes=memory)
 
 
@@ -186,7 +186,6 @@ def _rows(entry: Entry, source: Source, layout: Layout) -> Iterator[OrbaxUnit]:
 
 
 def _memory(entry: Entry, source: Source, layout: Layout, dtype: str) -> int:
-    read = total_bytes(source.specs(entry))
-    written = total_bytes(layout_specs(entry, layout, _stored(entry, source, dtype)))
+    read, written = source.nbytes(entry), entry.nbytes(_stored(entry, source, dtype))
     turned = sum(each in FORMS for each in (source.survey.layout, layout))  # by one more copy each
     return COPIES_OF_INPUT * read + (COPIES_OF_OUTPUT + turned) * written

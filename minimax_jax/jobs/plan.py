@@ -182,7 +182,7 @@ def _units(entry: Entry, source: Source, target: Target, most_bytes: int) -> Ite
     if not entry.row.scaled:
         yield from _row_units(entry, source, target, most_bytes)
         return
-    read, memory = total_bytes(source.specs(entry)), _memory(entry, source, target)
+    read, memory = source.nbytes(entry), _memory(entry, source, target)
     for some, first in batches(entry, memory, most_bytes):
         share = {
             "read_bytes": read * some.experts // entry.experts,
@@ -193,7 +193,7 @@ def _units(entry: Entry, source: Source, target: Target, most_bytes: int) -> Ite
 
 def _row_units(entry: Entry, source: Source, target: Target, most_bytes: int) -> Iterator[Convert]:
     """Some rows at a time of a tensor that one of the layouts has in another order."""
-    count, read, memory = entry.shape[0], total_bytes(source.specs(entry)), _memory(entry, source, target)
+    count, read, memory = entry.shape[0], source.nbytes(entry), _memory(entry, source, target)
     step = max(1, most_bytes * count // memory)
     for first in range(0, count, step):
         rows = min(step, count - first)
@@ -223,7 +223,7 @@ def _pieces(info: TensorInfo, key: str, most_bytes: int) -> Iterator[Copy]:
 
 
 def _memory(entry: Entry, source: Source, target: Target) -> int:
-    read, written = total_bytes(source.specs(entry)), total_bytes(_written(entry, source, target))
+    read, written = source.nbytes(entry), entry.nbytes(_stored_dtype(entry, source, target))
     turned = sum(layout in FORMS for layout in (source.survey.layout, target.layout))  # by one more copy each
     return COPIES_OF_INPUT * read + (COPIES_OF_OUTPUT + turned) * written
 

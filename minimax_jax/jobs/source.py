@@ -71,6 +71,10 @@ class Source:
         """The stored tensors of an entry (or of some of its experts), in this checkpoint's layout."""
         return layout_specs(entry, self.survey.layout, self.survey.dtypes[entry.native])
 
+    def nbytes(self, entry: Entry) -> int:
+        """Bytes of these tensors."""
+        return entry.nbytes(self.survey.dtypes[entry.native])
+
 
 def by_ranges(source: Source) -> Source:
     """The same source for a few small reads: of a hub repository, no whole shard is fetched for them."""

@@ -14,7 +14,7 @@ from minimax_jax.io.jsonfile import shown
 from minimax_jax.io.location import Location
 from minimax_jax.jobs.compare import Array, Weight
 from minimax_jax.jobs.heap import give_back
-from minimax_jax.jobs.look import pieces, row_steps, stored_bytes
+from minimax_jax.jobs.look import pieces, row_steps
 from minimax_jax.jobs.source import Source, by_ranges
 from minimax_jax.jobs.statistics import Statistics, merged, statistics
 from minimax_jax.jobs.view import View
@@ -161,7 +161,7 @@ def _by_expert(
     source: Source, asked: _Asked, workers: int, progress: Callable[[Progress], None] | None
 ) -> Iterator[Statistics]:
     """Statistics of each expert in turn; of one tensor that is no expert's, of some rows at a time."""
-    ticker = Ticker(stored_bytes(source, asked.entry), progress)
+    ticker = Ticker(source.nbytes(asked.entry), progress)
     with source.reader() as reader, ThreadPoolExecutor(workers, thread_name_prefix="inspect") as pool:
         view = View(source, reader)
         beside = _beside(source, asked)
@@ -196,7 +196,7 @@ def _of_experts(view: View, asked: _Asked, piece: tuple[Entry, int]) -> tuple[li
     first += asked.first
     tensors = view.tensors(entry.native, slice(first, first + entry.experts))
     found = [merged(_of_part(view, asked, key, tensors) for key in keys[asked.parts]) for keys in entry.keys]
-    nbytes = stored_bytes(view.source, entry)
+    nbytes = view.source.nbytes(entry)
     give_back(nbytes)
     return found, nbytes
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from minimax_jax.io.header import TensorInfo
-from minimax_jax.layout.specs import Entry, total_bytes
+from minimax_jax.layout.specs import Entry, TensorSpec
 
 COPIES_OF_INPUT, COPIES_OF_OUTPUT = 2, 3
 """What a conversion holds at its peak: what it read and its device copy; its output and two temporaries like it."""
@@ -66,7 +66,7 @@ class GroupScales:
     @property
     def read_bytes(self) -> int:
         """Bytes of all the scales."""
-        return total_bytes(self.entry.scale_specs())
+        return TensorSpec(self.entry.native, self.entry.grid, "F32").nbytes
 
     @property
     def memory_bytes(self) -> int:

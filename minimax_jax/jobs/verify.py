@@ -21,7 +21,7 @@ from minimax_jax.jobs.budget import require_workers
 from minimax_jax.jobs.certified import Certificate, Held, hold
 from minimax_jax.jobs.compare import RELATIONS
 from minimax_jax.jobs.digests import config_digest, file_digests, overall
-from minimax_jax.jobs.look import Look, look_at, pieces, stored_bytes
+from minimax_jax.jobs.look import Look, look_at, pieces
 from minimax_jax.jobs.numbers import merged
 from minimax_jax.jobs.sample import Sample, draw
 from minimax_jax.jobs.source import Source
@@ -105,7 +105,7 @@ def _look_at_all(
     workers: int,
     progress: Callable[[Progress], None] | None,
 ) -> list[Look]:
-    ticker = Ticker(sum(stored_bytes(source, entry) for source in sources for entry in entries), progress)
+    ticker = Ticker(sum(source.nbytes(entry) for source in sources for entry in entries), progress)
     looks: list[Look] = []
     with contextlib.ExitStack() as stack:
         views = [View(source, stack.enter_context(source.reader())) for source in sources]

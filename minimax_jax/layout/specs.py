@@ -110,6 +110,10 @@ class Entry:
         if dtype == "F8_E4M3":
             yield TensorSpec(self.native + SCALE_SUFFIX, self.grid, "F32")
 
+    def nbytes(self, dtype: str) -> int:
+        """Bytes of the weights stored as `dtype`, scales of FP8 included: as many in one layout as in another."""
+        return total_bytes(self.native_specs(dtype))
+
     def hf_specs(self, dtype: str) -> Iterator[TensorSpec]:
         """The stored tensors of the Hugging Face form, expert by expert; FP8 weights have their scales behind them."""
         grid = self.part_grid if dtype == "F8_E4M3" else None
