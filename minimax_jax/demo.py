@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from minimax_jax.display import size
+from minimax_jax.display import counted, size
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.io.files import io_errors
 from minimax_jax.jobs import front
@@ -52,7 +52,7 @@ def run(folder: str | Path, *, say: Callable[[str], None]) -> Verification:
 def _back(folder: Path, name: str, say: Callable[[str], None]) -> Path:
     destination = folder / f"hf-fp8-from-{name}"
     report = front.convert(folder / name, destination, to="hf-fp8")
-    kept = f", {report.kept_scales} weights with their source scales" if report.kept_scales else ""
+    kept = f", {counted(report.kept_scales, 'weight')} with their source scales" if report.kept_scales else ""
     say(f"wrote  {destination}: {_what(destination)}{kept}")
     return destination
 
@@ -60,4 +60,4 @@ def _back(folder: Path, name: str, say: Callable[[str], None]) -> Path:
 def _what(path: Path) -> str:
     seen = front.inspect(path)
     dtypes = ", ".join(seen.by_dtype)
-    return f"{seen.layout} layout, {seen.total.tensors} tensors, {size(seen.total.nbytes)} ({dtypes})"
+    return f"{seen.layout} layout, {counted(seen.total.tensors, 'tensor')}, {size(seen.total.nbytes)} ({dtypes})"

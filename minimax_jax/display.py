@@ -47,6 +47,11 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """How many of something: `1 file`, `2 files`, `3 matrices`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def size(nbytes: float) -> str:
     """Bytes in decimal units, three digits: `230 GB`."""
     unit = 0

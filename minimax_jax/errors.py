@@ -74,6 +74,20 @@ class JobError(CheckpointError):
     """A job that cannot run: the destination is taken, the budget or the disk too small, a write failed."""
 
 
+class RequestError(JobError):
+    """Arguments that make no sense, or contradict each other, whatever the input: the command line calls it usage."""
+
+
+_OPTIONS = {"max_memory_bytes": "max-memory", "shard_bytes": "shard-size", "ignore": "ignore-attribute"}
+"""Options of the command line that have another name than the argument of Python."""
+
+
+def argument(name: str, value: str | None = None) -> str:
+    """What a remedy calls an argument, in Python and on a command line: `to="hf" (--to hf)`, `restart (--restart)`."""
+    option = f"--{_OPTIONS.get(name, name.replace('_', '-'))}"
+    return f"{name} ({option})" if value is None else f'{name}="{value}" ({option} {value})'
+
+
 def raise_if(problems: Iterable[Problem], kind: type[CheckpointError]) -> None:
     """Raise `kind` with all of `problems`; do nothing when there are none."""
     found = tuple(problems)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from minimax_jax.conversion import block_problems, describe, stored_tree
+from minimax_jax.display import counted
 from minimax_jax.errors import LayoutError, Problem, raise_if
 from minimax_jax.layout.arrangement import arrange
 from minimax_jax.layout.check import survey
@@ -111,7 +112,7 @@ def _require_further(layout: str) -> None:
 def _fp8_problems(names: list[str], layout: str) -> Iterator[Problem]:
     if names:
         what, remedy = f"{layout} has no place for FP8 weights", "dequantise them: from_hf with a dtype"
-        yield Problem(what=what, key=names[0], got=f"{len(names)} FP8 weights", remedy=remedy)
+        yield Problem(what=what, key=names[0], got=counted(len(names), "FP8 weight"), remedy=remedy)
 
 
 def _gaps(
@@ -120,5 +121,5 @@ def _gaps(
     """A problem for each stack that lacks layers: which of a partial tree are there, a stack could not say."""
     for name, pieces in stacks.items():
         if axes[name] is not None and len(pieces) != config.num_hidden_layers:
-            expected, got = f"{config.num_hidden_layers} layers", str(len(pieces))
+            expected, got = counted(config.num_hidden_layers, "layer"), str(len(pieces))
             yield Problem(what="stack of layers with gaps", key=name, expected=expected, got=got)

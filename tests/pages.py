@@ -2,8 +2,8 @@
 
 `python` runs in one namespace for the page. `console` holds commands behind `$ `; what stands below one is its standard
 output, or the standard error where it fails, and has to be as printed (`...` stands for anything). A command may fail
-only if it says `error:` there. `bash` is a script. `text` is not code. All other blocks say in their title why they are
-not run.
+only if it says `error:` there. `bash` is a script. `text` is not code. All other blocks say in their title what they
+need that a test has not, and are not run.
 """
 
 import doctest
@@ -21,7 +21,7 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-NOT_RUN = 'title="Not run here: '
+NOT_RUN = 'title="Needs '
 BAD_INPUT = 3
 
 _BLOCKS = RawFencedCodeBlockLexer(re.compile(r"[ ]*(?P<language>\w*)(?P<info>[^\n]*)\n"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import folders
 import pytest
+from command_line import run
 
 import minimax_jax as mj
 from minimax_jax import synthetic
@@ -93,6 +94,24 @@ def test_a_certificate_that_cannot_be_written_stops_it_before_the_work(made, tmp
     with pytest.raises(JobError, match="certificate cannot be written") as caught:
         mj.verify(made / "hf", output=tmp_path / name, progress=moments.append)
     assert caught.value.problems[0].file == str(tmp_path / name) and not moments
+
+
+@pytest.mark.parametrize("content", [b"notes", b'{"format": "another"}', b"{}"])
+def test_no_other_file_is_overwritten_by_a_certificate(made, tmp_path, content):
+    file = tmp_path / "file.json"
+    file.write_bytes(content)
+    with pytest.raises(JobError, match="no certificate stands there"):
+        mj.verify(made / "hf", output=file)
+    assert file.read_bytes() == content
+
+
+def test_an_earlier_certificate_and_an_empty_file_give_way(made, tmp_path):
+    file = tmp_path / "c.json"
+    file.touch()
+    for name in ("hf", "bf16"):
+        stdout, _ = run("verify", made / name, "-o", file)
+        assert stdout.endswith(f"certificate written to {file}\n")
+    assert json.loads(file.read_bytes())["checkpoints"][0]["path"] == str(made / "bf16")
 
 
 def test_progress_counts_every_byte(made):

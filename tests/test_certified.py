@@ -228,6 +228,17 @@ def test_of_a_certificate_of_two_the_one_that_fits_counts(made, tmp_path):
         mj.verify(made / "hf", made / "bf16", certificate=tmp_path / "both.json")
 
 
+def test_what_differs_is_cut_short_counted_and_told_its_cause(made):
+    command = "verify", made / "bf16", "--certificate", made / "hf.json"
+    count = len(run_json(*command, code=1)[0]["held"]["mismatches"])
+    short, whole = run(*command, code=1)[0], run(*command, "-v", code=1)[0]
+    weights = len(folders.scaled_weights(made / "hf"))
+    assert count > 2 * weights and f"... and {count - 20} more; -v shows all" in short and "more;" not in whole
+    assert len(whole.splitlines()) - len(short.splitlines()) == count - 21
+    assert f"not as certified: {weights} tensors in another dtype, {weights} missing" in short
+    assert "cause: BF16 here, F8_E4M3 in the certificate" in short and "minimax-jax verify FIRST SECOND" in short
+
+
 # --- the certificate itself ------------------------------------------------------------------------------------------
 
 
@@ -432,7 +443,7 @@ def test_names_from_a_certificate_cannot_speak_to_the_terminal(made, tmp_path):
 
 def test_layers_of_which_the_same_is_to_be_said_are_one_row(made, copy, tmp_path):
     lines = [line.split() for line in run("verify", made / "hf", made / "bf16")[0].splitlines()]
-    assert ["0", "to", "1"] in [line[:3] for line in lines]
+    assert ["each", "of", "0", "to", "1"] in [line[:5] for line in lines]
     folder = copy("hf")
     folders.edit(folder, Q_PROJ + SUFFIX, lambda scale: scale * 2)
     told, _ = run_json("verify", made / "hf", folder, code=1)

@@ -1,9 +1,12 @@
 """The command line: what it prints where, and with which exit code."""
 
+import inspect
 import json
 import os
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import click
 import folders
@@ -12,7 +15,10 @@ from command_line import process, run, run_json
 
 import minimax_jax as mj
 from minimax_jax import synthetic
+from minimax_jax.cli import cli
 from minimax_jax.cli.options import Size
+from minimax_jax.errors import argument
+from minimax_jax.jobs import front
 
 CONFIG = synthetic.config(layers=1, experts=3)
 EMBED = "model.embed_tokens.weight"
@@ -89,7 +95,7 @@ def test_verify(made, tmp_path):
 def test_verify_shows_some_differences_and_counts_the_rest(made, monkeypatch):
     scaled = sum(key.endswith("_scale_inv") for key in folders.stored(made / "hf"))
     for shown in (scaled, 4):
-        monkeypatch.setattr("minimax_jax.jobs.report._SHOWN", shown)
+        monkeypatch.setattr("minimax_jax.jobs.verify_report._SHOWN", shown)
         stdout, _ = run("verify", made / "hf", made / "native", "--by", "bytes", code=1)
         assert sum("F8_E4M3 / BF16" in line for line in stdout.splitlines()) == shown
         assert (f"... and {scaled - shown} more" in stdout) == (shown < scaled)
@@ -165,6 +171,11 @@ def test_nan_exits_with_3_and_names_the_weight(made, tmp_path):
         "convert {} out --to gguf",
         "convert {} out --dtype fp4",
         "convert {} out --to hf-fp8 --dtype bf16",
+        "convert {} out --to maxtext --dtype fp8",
+        "plan {} --dtype fp8 --to maxtext-unscanned",
+        "plan {} --to orbax --shard-size 1GB",
+        "convert {} out --to dcp --restart",
+        "verify {0} {0} --certificate out",
         "plan {} --dtype f32 --to hf-fp8",
         "convert {} out --max-memory much",
         "plan {} --shard-size 0",
@@ -208,6 +219,26 @@ def test_paths_that_are_not_text_can_be_told(made, tmp_path):
     shutil.copytree(os.fsencode(made / "hf"), folder)
     done = process(sys.executable, "-m", "minimax_jax", "inspect", os.fsdecode(folder))
     assert done.returncode == 0 and "h\\udcff" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "plan {}", "convert {} out", "verify {}", "diff {} {}", "report {}"])
+def test_what_looks_like_a_name_of_the_hub_is_told_its_url(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    told, _ = run_json(*command.format("org/name", "org/name").split(), code=3)
+    assert told["problems"][0]["remedy"] == "if it is a repository of the hub: hf://org/name"
+    for other in (tmp_path / "org" / "name", "./org/name/deeper", "name"):
+        assert "hf://" not in run("inspect", other, code=3)[1]
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert "hf://" not in run("inspect", "org/name", code=3)[1]
+
+
+def test_every_option_that_the_library_names_is_one_of_the_command_line():
+    known = {name for command in cli.commands.values() for option in command.params for name in option.opts}
+    told = {argument(name).split("(")[1].rstrip(")") for name in inspect.signature(front.convert).parameters}
+    told -= {"--path", "--destination", "--progress"}
+    sources = [file for file in Path(mj.__file__).parent.rglob("*.py") if "cli" not in file.parts]
+    named = {option for file in sources for option in re.findall(r"[\"' (](--[a-z][a-z-]+)", file.read_text())}
+    assert told <= known and named - {"--help"} <= known and len(named) > 3
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------

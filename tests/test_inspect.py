@@ -1,5 +1,6 @@
 """`inspect`: kinds by the names of the layout, the tree, and the numbers of one tensor held against numpy."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,13 @@ def test_kinds_have_the_names_of_the_layout(made):
 def test_one_layer_is_one_layer(made, tmp_path):
     synthetic.synthesize(tmp_path / "one", synthetic.config(layers=1))
     assert "\n1 layer, " in run("inspect", tmp_path / "one")[0] and "\n3 layers, " in run("inspect", made / "hf")[0]
+
+
+def test_the_config_is_that_of_what_is_stored(made):
+    for name, fp8 in [("hf", True), ("fp8", True), ("bf16", False)]:
+        told = run_json("inspect", made / name)[0]
+        assert ("quantization_config" in told["config"]) == fp8 == ("F8_E4M3" in told["by_dtype"])
+    assert told["source_scales"]["tensors"] and told["config"] == json.loads((made / "bf16/config.json").read_bytes())
 
 
 # --- the tree --------------------------------------------------------------------------------------------------------

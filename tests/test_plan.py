@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import minimax_jax as mj
 from minimax_jax import synthetic
-from minimax_jax.errors import JobError
+from minimax_jax.errors import JobError, RequestError
 from minimax_jax.jobs import front
 from minimax_jax.jobs.budget import RUNTIME_BYTES
 from minimax_jax.jobs.plan import Copy, Target, plan
@@ -139,7 +139,9 @@ def test_the_budget_that_an_error_names_is_the_least_that_works(little, to, dtyp
     (problem,) = caught.value.problems
     needed = int(problem.expected.removeprefix("at least ").partition(" ")[0].replace(",", ""))
     assert (
-        problem.got == "1 bytes" and f"with {workers} workers" in problem.expected and "--max-memory" in problem.remedy
+        problem.got == "1 byte"
+        and problem.expected.endswith(f"with {workers} worker{'s' * (workers > 1)}")
+        and "max_memory_bytes (--max-memory)" in problem.remedy
     )
     assert mj.plan(little, to=to, dtype=dtype, workers=workers, max_memory_bytes=needed).peak_bytes <= needed
     with pytest.raises(JobError, match=f"{needed:,}"):
@@ -185,5 +187,5 @@ def test_targets_have_names():
 
 @pytest.mark.parametrize("to,dtype", [("orbit", None), ("native", "fp4"), ("HF", None), ("hf-fp8", "bf16"), ("", "")])
 def test_targets_that_make_no_sense_are_refused(little, to, dtype):
-    with pytest.raises(JobError, match=r"no such target|stores FP8"):
+    with pytest.raises(RequestError, match=r"no such target|no such dtype|stores FP8"):
         mj.plan(little, to=to, dtype=dtype)

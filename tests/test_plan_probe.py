@@ -61,10 +61,10 @@ def test_a_probe_of_a_large_source_is_bounded(tmp_path):
 def test_too_small_a_disk_is_told(made, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
-    told, _ = run_json("plan", made / "hf", "--probe", tmp_path)
+    told, _ = run_json("plan", made / "hf", "--probe", tmp_path, code=1)
     assert (told["probe"]["free_bytes"], told["probe"]["fits"]) == (1000, False)
     assert told["probe"]["written_bytes"] == 0 and told["probe"]["seconds"] is None
-    assert "warning: not enough room: " in run("plan", made / "hf", "--probe", tmp_path)[0]
+    assert "warning: not enough room: " in run("plan", made / "hf", "--probe", tmp_path, code=1)[0]
 
 
 def test_an_interrupted_probe_leaves_nothing_behind(made, tmp_path, monkeypatch):
@@ -79,6 +79,18 @@ def test_an_interrupted_probe_leaves_nothing_behind(made, tmp_path, monkeypatch)
 
 def test_a_folder_that_cannot_be_written_is_named(made):
     assert "cannot be written" in run("plan", made / "hf", "--probe", "/proc/no", code=3)[1]
+
+
+@pytest.mark.parametrize("length", [246, 247, 300])
+def test_a_name_that_no_conversion_could_make_is_refused(made, tmp_path, length):
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX") - len("..partial")
+    destination = tmp_path / ("x" * length)
+    if length <= longest:
+        run("plan", made / "hf", "--probe", destination)
+        return
+    told = run("plan", made / "hf", "--probe", destination, code=3)[1]
+    assert "name too long" in told and "choose a shorter one" in told and "Traceback" not in told
+    assert "File name too long" in run("convert", made / "hf", destination, code=3)[1]  # as would be
 
 
 @pytest.mark.parametrize(
@@ -136,10 +148,10 @@ def test_heads_that_stay_whole_axes_that_do_nothing_and_what_does_not_divide(tmp
     assert told["devices"] == 6 * heads and told["by_kind"] and len(told["warnings"]) >= 2
     assert any(f"{kv_heads} KV heads" in warning for warning in told["warnings"])
     assert any("nothing is split over data=3" in warning for warning in told["warnings"])
-    told = run_json("plan", tmp_path / "hf", "--mesh", "expert=3")[0]["mesh"]
+    told = run_json("plan", tmp_path / "hf", "--mesh", "expert=3", code=1)[0]["mesh"]
     assert told["by_kind"] == {} and told["read_bytes"] == 0
     assert all("does not divide" in warning and "multiple of 3" in warning for warning in told["warnings"])
-    stdout, _ = run("plan", tmp_path / "hf", "--mesh", "expert=3")
+    stdout, _ = run("plan", tmp_path / "hf", "--mesh", "expert=3", code=1)
     assert "cannot be loaded onto a mesh of expert=3" in stdout and "warning: axis expert" in stdout
 
 

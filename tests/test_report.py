@@ -289,7 +289,7 @@ def test_a_finding_is_made_when_its_rule_holds_and_not_before(tmp_path, key, cha
 
 def test_codes_at_the_end_of_the_range_are_a_warning_beyond_one_in_each_block(tmp_path):
     def saturate(codes):
-        codes.view(torch.uint8)[:8] = 0x7E
+        codes.view(torch.uint8)[: codes.shape[0] // 8] = 0x7E
         return codes
 
     tree = random_hf(CONFIG)
@@ -300,6 +300,16 @@ def test_codes_at_the_end_of_the_range_are_a_warning_beyond_one_in_each_block(tm
     assert any(text.startswith("No saturated matrix") for text in found(overview(folder), level="good"))
     folders.edit(folder, W1, saturate)
     assert any(text.startswith("Saturated codes in 1 matrix") for text in found(overview(folder), level="warning"))
+
+
+def test_made_up_weights_and_evenly_spread_ones_are_not_saturated(tmp_path):
+    synthetic.synthesize(tmp_path / "codes")
+    tree, rng = random_hf(CONFIG, "F32"), np.random.default_rng(0)
+    for key in (key.removesuffix(SUFFIX) for key in random_hf(CONFIG) if key.endswith(SUFFIX)):
+        tree[key] = rng.uniform(-1, 1, tree[key].shape).astype(F32)
+    mj.convert(folders.write(tmp_path / "floats", tree, CONFIG), tmp_path / "even", to="hf-fp8")
+    for name in ("codes", "even"):
+        assert any(text.startswith("No saturated matrix") for text in found(overview(tmp_path / name), level="good"))
 
 
 def test_what_is_left_out_is_told(other):

@@ -1,10 +1,13 @@
 """A folder of files and its index: what is opened, and what is refused."""
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from raw_safetensors import raw_bytes, write_file, write_index
 
 from minimax_jax.errors import FormatError
@@ -170,6 +173,16 @@ def test_pickles_are_refused_in_words(tmp_path: Path, name: str) -> None:
     for path in (tmp_path, tmp_path / name):
         problem = refused(path).problems[0]
         assert "never read" in problem.what and problem.got == name
+
+
+def test_a_folder_of_torch_is_told_for_what_it_is(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that it is not distributed
+        dcp.save({"a": torch.ones(2)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    for place in (tmp_path / "dcp", tmp_path / "dcp" / "__0_0.distcp"):
+        (problem,) = refused(place).problems
+        assert "torch.distributed.checkpoint" in problem.what and problem.got == ".distcp files"
+        assert problem.remedy is not None and "torch_bridge.dcp.load" in problem.remedy
 
 
 def hub_cache(folder: Path) -> Path:

@@ -38,9 +38,11 @@ from minimax_jax.io.folder import appearing
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
 from minimax_jax.io.source import copy_file
-from minimax_jax.jobs.budget import require_workers
+from minimax_jax.jobs.budget import peak_bytes, require_workers
 from minimax_jax.jobs.run import Report
+from minimax_jax.jobs.scales import scale_remarks
 from minimax_jax.jobs.source import Source, require_own_layout
+from minimax_jax.jobs.streamed import StreamedPlan
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.progress import Progress, Ticker
 from torch_bridge import ranks
@@ -91,6 +93,29 @@ def load(tensors: Mapping[str, torch.Tensor], path: str | Path) -> None:
         state_dict_loader.load(dict(tensors), checkpoint_id=path)
 
 
+def plan(source: Source, *, dtype: str, max_memory_bytes: int, workers: int) -> StreamedPlan:
+    """What `write` would do with the same arguments, from headers alone.
+
+    Raises:
+        LayoutError: the source is in a layout that is not read here.
+        JobError: the budget is too small, or there are no workers.
+    """
+    require_workers(workers)
+    require_own_layout(source)
+    units = plan_units(source, dtype, max_memory_bytes=max_memory_bytes, workers=workers)
+    return StreamedPlan(
+        source=source,
+        to="dcp",
+        dtype=dtype,
+        units=len(units),
+        tensors=_tensors(units),
+        read_bytes=sum(unit.read_bytes for unit in units),
+        write_bytes=_written_bytes(units),
+        peak_bytes=peak_bytes(units, workers + 1),  # one is handed over to be written
+        workers=workers,
+    )
+
+
 def write(
     source: Source,
     destination: Path,
@@ -124,7 +149,7 @@ def write(
     units = plan_units(source, dtype, max_memory_bytes=max_memory_bytes, workers=workers)
     ticker = Ticker(sum(unit.read_bytes for unit in units), progress)
     with appearing(destination) as folder:
-        _require_disk(folder, sum(chunk.nbytes for unit in units for chunk in unit.chunks))
+        _require_disk(folder, _written_bytes(units))
         with source.reader() as reader, contextlib.ExitStack() as stack:
             maker = Maker(source, reader, dtype)
             made = stack.enter_context(contextlib.closing(maker.stream(units, workers)))
@@ -135,14 +160,24 @@ def write(
         _add_side_files(source, folder, dtype)
     return Report(
         destination=Path(destination),
-        tensors=len({chunk.whole.key for unit in units for chunk in unit.chunks}),
+        tensors=_tensors(units),
         read_bytes=sum(unit.read_bytes for unit in units),
         written_bytes=written_bytes,
         seconds=ticker.seconds,
         kept_scales=len(maker.kept),
         fresh_scales=tuple(sorted(maker.fresh)),
+        read_tensors=len(source.checkpoint.tensors),
+        remarks=tuple(scale_remarks(source, dtype, beside=False, all_fresh=bool(maker.fresh) and not maker.kept)),
         left_out=source.left_out,
     )
+
+
+def _tensors(units: list[Unit]) -> int:
+    return len({chunk.whole.key for unit in units for chunk in unit.chunks})
+
+
+def _written_bytes(units: list[Unit]) -> int:
+    return sum(chunk.nbytes for unit in units for chunk in unit.chunks)
 
 
 class _Planner(DefaultSavePlanner):

@@ -10,7 +10,6 @@ import click
 from minimax_jax.cli import options
 from minimax_jax.cli.group import command
 from minimax_jax.console import Output
-from minimax_jax.jobs.streamed import streamed_targets
 
 
 @command(
@@ -22,7 +21,7 @@ from minimax_jax.jobs.streamed import streamed_targets
 )
 @click.argument("src", type=options.PLACE)
 @click.argument("dst", type=options.PATH)
-@options.conversion([*options.TARGETS, *streamed_targets()])
+@options.conversion
 @click.option(
     "--check",
     type=click.Choice(["none", "sample", "all"]),

@@ -12,7 +12,7 @@ import click
 
 from minimax_jax import console
 from minimax_jax.console import Output
-from minimax_jax.errors import CheckpointError
+from minimax_jax.errors import CheckpointError, RequestError
 
 EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_NO_READER, EXIT_TERMINATED = 1, 3, 130, 141, 143
 _AS_JSON = "minimax_jax.as_json"
@@ -59,8 +59,8 @@ def _usage_told(context: click.Context) -> Iterator[None]:
 def cli() -> None:
     """Move MiniMax-M2 checkpoints between Hugging Face FP8, JAX and NeMo AutoModel, exact to the bit.
 
-    Exit codes: 0 good, 1 a difference was found, 2 usage, 3 bad input, 130 interrupted, 141 nobody reads the output,
-    143 terminated.
+    Exit codes: 0 good, 1 a difference was found, or what was planned does not fit, 2 usage, 3 bad input, 130
+    interrupted, 141 nobody reads the output, 143 terminated.
     """
 
 
@@ -97,6 +97,8 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
         with console.stoppable():
             try:
                 function(out=out, **options)
+            except RequestError as error:
+                raise click.UsageError(str(error)) from error
             except CheckpointError as error:
                 out.error(error)
                 raise click.exceptions.Exit(EXIT_BAD_INPUT) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Place(click.ParamType[str | Path]):
 
 
 class MeshShape(click.ParamType[dict[str, int]]):
-    """Sizes of mesh axes such as `expert=8,tensor=4`."""
+    """Sizes of mesh axes such as `expert=2,tensor=2`."""
 
     name = "mesh"
 
@@ -62,7 +62,7 @@ class MeshShape(click.ParamType[dict[str, int]]):
         axes = [axis.partition("=") for axis in value.split(",")]
         sizes = {name.strip(): int(size) if size.strip().isdecimal() else 0 for name, _, size in axes}
         if len(sizes) < len(axes) or not all(name.isidentifier() and size for name, size in sizes.items()):
-            self.fail(f"{value!r} is not a mesh such as expert=8,tensor=4", param, ctx)
+            self.fail(f"{value!r} is not a mesh such as expert=2,tensor=2", param, ctx)
         return sizes
 
 
@@ -97,9 +97,8 @@ def _fitting(context: click.Context, parameter: click.Parameter, dtype: str | No
     """`--dtype`, which must not contradict `--to`."""
     from minimax_jax.jobs import front
 
-    to = context.params["to"]
     try:
-        front.target("native" if to in streamed_targets() else to, dtype)
+        front.target(context.params["to"], dtype)
     except CheckpointError as error:
         raise click.BadParameter(str(error), context, parameter) from error
     return dtype
@@ -115,13 +114,16 @@ leave_out = click.option(
     "--leave-out", multiple=True, metavar="PREFIX", help="Leave out tensors whose names begin with these parts."
 )
 sample = click.option("--sample", callback=_sample, metavar="N%|N", help="Look at a part only, always the same.")
-shard_size = click.option("--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True)
+shard_size = click.option(
+    "--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True, help="Most data in one file."
+)
 private = click.option("--private", is_flag=True, help="Make a new repository private.")
 workers = click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads.")
 
 
-def conversion(targets: Sequence[str] = TARGETS) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def conversion(function: Callable[..., None]) -> Callable[..., None]:
     """The options of what to convert to, and within which bounds."""
+    targets = [*TARGETS, *streamed_targets()]
     options = (
         click.option("--to", type=click.Choice(targets), default="native", show_default=True, is_eager=True),
         click.option("--dtype", type=click.Choice(DTYPES), callback=_fitting, help="Of the block-scaled weights."),
@@ -131,8 +133,4 @@ def conversion(targets: Sequence[str] = TARGETS) -> Callable[[Callable[..., None
         ignore,
         leave_out,
     )
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        return functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
-
-    return decorate
+    return functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)

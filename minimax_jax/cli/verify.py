@@ -26,7 +26,9 @@ from minimax_jax.console import Output
 @click.option("--by", type=click.Choice(["value", "bytes"]), default="value", show_default=True)
 @options.sample
 @click.option("--certificate", type=options.PATH, help="Hold FIRST against this certificate, byte for byte.")
-@click.option("-o", "--output", type=options.PATH, help="Write the certificate to this file.")
+@click.option(
+    "-o", "--output", type=options.PATH, help="Write the certificate to this file, a new one or an earlier certificate."
+)
 @options.workers
 @options.ignore
 @options.leave_out
@@ -36,14 +38,15 @@ def verify(first: str | Path, second: str | Path | None, out: Output, **chosen: 
     By value, FP8 weights are dequantised and compared in the less precise dtype of the two; by bytes, dtypes, codes and
     scales must be the same. An earlier certificate tells any bit that has changed since. Exits with 1 on a difference.
     """
-    from minimax_jax.jobs import front, report
+    from minimax_jax.jobs import front, verify_report
     from minimax_jax.jobs.certificate import certificate
 
     if second is not None and chosen["certificate"] is not None:
         raise click.UsageError("--certificate takes one checkpoint")
     with out.progress("verify") as listener:
         seen = front.verify(first, second, progress=listener, **chosen)
-    view = functools.partial(report.verification_view, everything=out.verbose)
-    out.show(certificate, view, seen)
+    view = functools.partial(verify_report.verification_view, everything=out.verbose)
+    written = [f"certificate written to {chosen['output']}"] if chosen["output"] is not None else []
+    out.show(certificate, lambda seen: [*view(seen), *written], seen)
     if not seen.good:
         raise click.exceptions.Exit(EXIT_DIFFERENT)

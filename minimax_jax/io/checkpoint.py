@@ -23,6 +23,11 @@ INDEX_NAME = "model.safetensors.index.json"
 
 _T = TypeVar("_T")
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+_DCP = ".distcp"
+_OUT_OF_DCP = (
+    "convert the checkpoint that it was made from; or, if you trust it, load it into a model in torch "
+    "(torch_bridge.dcp.load) and write that (torch_bridge.save_hf)"
+)
 _WEIGHTS = _PICKLES | {SUFFIX, ".gguf", ".h5", ".msgpack", ".onnx"}
 CARD_NAME = "README.md"
 _SIDE_FILES = (
@@ -89,7 +94,7 @@ def open_checkpoint(path: Location) -> Checkpoint:
         return _open_folder(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _open_indexed(path, path)
-    if path.suffix.lower() in _PICKLES:
+    if path.suffix.lower() in _PICKLES or path.suffix == _DCP:
         raise FormatError(_nothing_to_open(path, [path]))
     return _merge(path, [read_header(path)])
 
@@ -237,6 +242,12 @@ def _merge(path: Location, headers: list[Header], index_file: Location | None = 
 
 
 def _nothing_to_open(path: Location, listed: Iterable[Location]) -> Problem:
+    listed = tuple(listed)
+    if any(file.suffix == _DCP for file in listed):
+        what = (
+            "a checkpoint of torch.distributed.checkpoint: its table of contents is a pickle, which is never read here"
+        )
+        return Problem(what=what, file=str(path), expected=f"{SUFFIX} files", got=f"{_DCP} files", remedy=_OUT_OF_DCP)
     pickles = [file.name for file in listed if file.suffix.lower() in _PICKLES]
     if not pickles:
         remedy = f"give the folder that holds {INDEX_NAME} or {SINGLE_NAME}, or one {SUFFIX} file"

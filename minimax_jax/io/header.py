@@ -182,7 +182,8 @@ def _header_length(prefix: bytes, file: Location, file_bytes: int) -> int:
         raise FormatError(Problem(what=what, file=str(file), remedy=remedy))
     if length > MAX_HEADER_BYTES:
         what, expected = "header too long: not a safetensors file", f"at most {MAX_HEADER_BYTES:,} bytes"
-        raise FormatError(Problem(what=what, file=str(file), expected=expected, got=f"{length:,} bytes"))
+        got, remedy = f"{length:,} bytes", "give a safetensors file: download this one again, or find what it really is"
+        raise FormatError(Problem(what=what, file=str(file), expected=expected, got=got, remedy=remedy))
     if _PREFIX_BYTES + length > file_bytes:
         raise FormatError(short_file(file, expected_bytes=_PREFIX_BYTES + length, got_bytes=file_bytes))
     return int(length)

@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from minimax_jax.errors import JobError, Problem, raise_if
+from minimax_jax.errors import JobError, Problem, argument, raise_if
 from minimax_jax.io import points
 from minimax_jax.io.files import Buffer, as_bytes, io_errors
 
@@ -132,5 +132,5 @@ def _differences(file: Path, found: Mapping[str, Any], stamp: Mapping[str, Any])
                 file=str(file.parent),
                 expected=str(stamp.get(name)),
                 got=str(found.get(name)),
-                remedy="run that job again to end it, or give --restart to throw its work away",
+                remedy=f"run that job again to end it, or give {argument('restart')} to throw its work away",
             )

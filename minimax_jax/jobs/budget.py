@@ -6,7 +6,8 @@ import heapq
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from minimax_jax.errors import JobError, Problem
+from minimax_jax.display import counted
+from minimax_jax.errors import Problem, RequestError, argument
 
 RUNTIME_BYTES = 256 * 2**20
 """What jax's compiled programs, threads and allocator take once, whatever the checkpoint (measured: 110 to 250 MB)."""
@@ -14,7 +15,7 @@ RUNTIME_BYTES = 256 * 2**20
 LEAST_UNIT_BYTES = 2**20
 """Smaller units of work would be too many; a budget below this is refused."""
 
-FOR_A_COMMAND = "raise --max-memory, or use fewer --workers"
+FOR_A_JOB = f"raise {argument('max_memory_bytes')}, or use fewer {argument('workers')}"
 FOR_A_CALL = "raise max_memory_bytes, or use fewer workers"
 
 
@@ -27,9 +28,9 @@ class Work(Protocol):
 
 
 def require_workers(workers: int) -> None:
-    """Raise a JobError where there is nobody to work."""
+    """Raise a RequestError where there is nobody to work."""
     if workers < 1:
-        raise JobError(Problem(what="no workers", expected="at least 1", got=str(workers)))
+        raise RequestError(Problem(what="no workers", expected="at least 1", got=str(workers)))
 
 
 def share_bytes(max_memory_bytes: int, units: int) -> int:
@@ -49,7 +50,7 @@ def over_budget(
     *,
     waiting: int = 0,
     key: str | None = None,
-    remedy: str = FOR_A_COMMAND,
+    remedy: str = FOR_A_JOB,
 ) -> Iterator[Problem]:
     """A problem where a budget does not hold the largest unit of work as often as it may be held.
 
@@ -63,6 +64,7 @@ def over_budget(
     """
     needed = RUNTIME_BYTES + (workers + waiting) * unit_bytes
     if needed > max_memory_bytes:
-        expected, got = f"at least {needed:,} bytes with {workers} workers", f"{max_memory_bytes:,} bytes"
+        expected = f"at least {needed:,} bytes with {counted(workers, 'worker')}"
+        got = counted(max_memory_bytes, "byte")
         what = "memory budget too small for one unit of work"
         yield Problem(what=what, key=key, expected=expected, got=got, remedy=remedy)

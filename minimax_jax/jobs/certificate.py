@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from minimax_jax.errors import JobError, Problem
+from minimax_jax.io.files import io_errors
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.jobs.certified import FORMAT, SEAL, Held, seal
 from minimax_jax.jobs.compare import RELATIONS, Comparison
 from minimax_jax.jobs.digests import Digest, FileDigest
 from minimax_jax.jobs.left_out import left_out_json
 from minimax_jax.jobs.verification import Digested, LayerSummary, Verification
+
+_BEGINNING, _BEGINNING_BYTES = b'"format": "minimax_jax certificate', 64
+"""What a certificate begins with, of whatever form, behind its brace; and what is read to find it."""
 
 _LIBRARIES = ("minimax_jax", "jax", "jaxlib", "numpy", "ml_dtypes")
 
@@ -42,6 +46,23 @@ def certificate(seen: Verification) -> dict[str, Any]:
         "tensors": dict(_tensors([checkpoint.digests for checkpoint in seen.checkpoints])),
     }
     return {**told, SEAL: seal(told)}
+
+
+def require_certificate_place(file: str | Path) -> None:
+    """Check that a certificate can be written to `file`, which is new, empty, or an earlier certificate.
+
+    Raises:
+        JobError: as `require_place`, or another kind of file stands there, which is never overwritten.
+    """
+    require_place(file)
+    file = Path(file)
+    begins = b""
+    if file.exists():
+        with io_errors(JobError, "certificate cannot be written", file), file.open("rb") as stream:
+            begins = stream.read(_BEGINNING_BYTES)
+    if begins and not begins.lstrip(b" \r\n\t{").startswith(_BEGINNING):
+        what, remedy = "a file that is no certificate stands there", "name another file, or delete this one"
+        raise JobError(Problem(what=what, file=str(file), remedy=remedy))
 
 
 def require_place(file: str | Path, what: str = "certificate") -> None:

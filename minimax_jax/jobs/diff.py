@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from minimax_jax.display import Displayed
-from minimax_jax.errors import JobError, Problem
+from minimax_jax.errors import Problem, RequestError
 from minimax_jax.io.location import Location
 from minimax_jax.jobs.architecture import require_same_architecture
 from minimax_jax.jobs.budget import require_workers
@@ -105,11 +105,11 @@ def diff(
 
     Raises:
         LayoutError: the two are not of the same architecture.
-        JobError: no such `rank` or `sample`, or no workers.
+        RequestError: no such `rank` or `sample`, or no workers.
         FormatError: a file changed or ends too early while it is read.
     """
     if rank not in get_args(Rank):
-        raise JobError(Problem(what="no such rank", expected=" or ".join(get_args(Rank)), got=str(rank)))
+        raise RequestError(Problem(what="no such rank", expected=" or ".join(get_args(Rank)), got=str(rank)))
     require_workers(workers)
     require_same_architecture(first, second)
     entries = tuple(first.survey.entries)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
 
+from minimax_jax.display import counted
+
 if TYPE_CHECKING:
     from minimax_jax.jobs.diff import Diff
     from minimax_jax.jobs.difference import Difference
@@ -45,9 +47,10 @@ def _figures(figures: Difference) -> dict[str, Any]:
 def view(seen: Diff, *, top: int | None = None) -> Iterator[Any]:
     """To look at, with the first `top` differences; None for all of them."""
     (first, second), layouts = seen.paths, seen.layouts
-    yield f"{first} ({layouts[0]}) and {second} ({layouts[1]}): {seen.weights:,} weights compared by value"
+    yield f"{first} ({layouts[0]}) and {second} ({layouts[1]}): {counted(seen.weights, 'weight')} compared by value"
     if seen.sample is not None:
-        yield f"a sample ({seen.sample.asked}): {seen.sample.entries:,} of {seen.sample.of:,} entries"
+        entries = f"{seen.sample.entries:,} of {counted(seen.sample.of, 'entry', 'entries')}"
+        yield f"a sample ({seen.sample.asked}): {entries}"
     if seen.same:
         yield "the same"
         return
@@ -58,8 +61,8 @@ def view(seen: Diff, *, top: int | None = None) -> Iterator[Any]:
     yield table
     if len(shown) < len(seen.differences):
         yield f"... and {len(seen.differences) - len(shown):,} more; --top N shows more of them"
-    weights = f"{len(seen.differences):,} of {seen.weights:,} weights"
-    yield f"NOT the same: {weights} differ, in {seen.differing:,} of {seen.elements:,} elements"
+    weights = f"{len(seen.differences):,} of {counted(seen.weights, 'weight')}"
+    yield f"NOT the same: {weights} differ, in {seen.differing:,} of {counted(seen.elements, 'element')}"
 
 
 _COLUMNS = ("relative", "1 - cosine", "ulp", "largest", "elements", "NaN or inf")

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from minimax_jax.display import counted
 from minimax_jax.io.jsonfile import shown
 from minimax_jax.jobs.figures import OUTLIER_RATIO, Floats
 from minimax_jax.jobs.numbers import Unusual
@@ -17,8 +18,13 @@ from minimax_jax.jobs.overview import Figures, Overview, change_squares, ratio
 
 Level: TypeAlias = Literal["warning", "note", "good"]
 
-SATURATED_SHARE = 0.01
-"""More codes of +-448 than this in a matrix, and the one in each block that scaling by amax gives, are odd."""
+SATURATED_SHARE = 0.05
+"""More codes of +-448 than this in a matrix, and the one in each block that scaling by amax gives, are odd.
+
+What rounds to 448 lies between 432 and 448, 1/28 of the range. Where large magnitudes are no commoner than small ones,
+as in weights of any usual distribution, scaling by amax gives no more than that 1/28, or 3.6 %, even if all are equally
+common. More means that values were cut off; 5 % leaves room for chance.
+"""
 
 STRAY_SIGMAS = 6.0
 """Farther than this from the median of its layer, in robust standard deviations, the norm of an expert is odd."""
@@ -104,7 +110,7 @@ def _unusual(seen: Overview) -> Iterator[Finding]:
             by_what.setdefault(each.what, []).append(each)
         where = f" in {inspection.path}" if len(seen.checkpoints) > 1 else ""
         for what, group in by_what.items():
-            count = _s(sum(each.count for each in group), "number")
+            count = counted(sum(each.count for each in group), "number")
             text = f"{what[0].upper()}{what[1:]}: {count}{where}"
             yield _about("warning", text, rule, [each.key for each in group])
         if not found:
@@ -116,7 +122,7 @@ def _dead_experts(seen: Overview) -> Iterator[Finding]:
     dead = [each.key for each in seen.weights if each.expert is not None and each.squares == 0]
     rule = "a matrix of an expert whose norm is zero"
     if dead:
-        text = f"Dead experts: all zeros in {_s(len(dead), 'matrix', 'matrices')}"
+        text = f"Dead experts: all zeros in {counted(len(dead), 'matrix', 'matrices')}"
         yield _about("warning", text, rule, dead)
     else:
         yield Finding(level="good", text="No dead expert: every matrix of every expert has a norm", rule=rule)
@@ -133,7 +139,7 @@ def _stray_experts(seen: Overview) -> Iterator[Finding]:
     places = np.argwhere(np.abs(sigmas) > STRAY_SIGMAS)
     ranked = sorted(places.tolist(), key=lambda place: -abs(sigmas[tuple(place)]))
     if ranked:
-        text = f"{_s(len(ranked), 'expert')} with a norm far from the layer's"
+        text = f"{counted(len(ranked), 'expert')} with a norm far from the layer's"
         names = [f"layer {layer}, expert {expert} ({sigmas[layer, expert]:+.1f})" for layer, expert in ranked]
         yield _about("note", text, rule, names)
     else:
@@ -143,12 +149,15 @@ def _stray_experts(seen: Overview) -> Iterator[Finding]:
 def _saturation(seen: Overview) -> Iterator[Finding]:
     if not seen.codes.any():
         return
-    rule = f"a matrix with more than {percent(SATURATED_SHARE)} of its FP8 codes at +-448, and one in each block"
+    rule = (
+        f"a matrix with more than {percent(SATURATED_SHARE)} of its FP8 codes at +-448, and one in each block: scaling "
+        "by amax gives 1/28 (3.6 %) at most where large magnitudes are no commoner than small ones; more were cut off"
+    )
     shares = {each.key: each.scaled.saturated / each.elements for each in seen.weights if each.scaled}
     allowed = {each.key: SATURATED_SHARE + each.scaled.blocks / each.elements for each in seen.weights if each.scaled}
     over = sorted((key for key in shares if shares[key] > allowed[key]), key=lambda key: -shares[key])
     if over:
-        text = f"Saturated codes in {_s(len(over), 'matrix', 'matrices')}, up to {percent(shares[over[0]])}"
+        text = f"Saturated codes in {counted(len(over), 'matrix', 'matrices')}, up to {percent(shares[over[0]])}"
         yield _about("warning", text, rule, over)
     else:
         text = f"No saturated matrix: at most {percent(max(shares.values()))} of codes at +-448"
@@ -164,7 +173,7 @@ def _outliers(seen: Overview) -> Iterator[Finding]:
     if held:
         count = sum(map(len, held.values()))
         names = sorted(held, key=lambda key: -held[key][0].ratio)
-        text = f"{_s(count, 'outlier block')} in {_s(len(names), 'matrix', 'matrices')}"
+        text = f"{counted(count, 'outlier block')} in {counted(len(names), 'matrix', 'matrices')}"
         yield _about("note", f"{text}, up to {held[names[0]][0].ratio:.3g} times the median", rule, names)
     else:
         yield Finding(level="good", text="No outlier blocks", rule=rule)
@@ -181,25 +190,24 @@ def _requantising(seen: Overview) -> Iterator[Finding]:
     what = "Deriving the scales anew" if seen.codes.any() else "Quantising to FP8 by amax"
     if changed:
         kind = "FP8 weight" if seen.codes.any() else "weight"
-        text = (
-            f"{what} would change {len(changed):,} of {_s(len(known), kind)}, by {percent(known[changed[0]])} at most"
-        )
+        most = percent(known[changed[0]])
+        text = f"{what} would change {len(changed):,} of {counted(len(known), kind)}, by {most} at most"
         yield _about("note", text, rule, changed)
     else:
-        yield Finding(level="good", text=f"{what} would change none of {_s(len(known), 'weight')}", rule=rule)
+        yield Finding(level="good", text=f"{what} would change none of {counted(len(known), 'weight')}", rule=rule)
 
 
 def _router_bias(seen: Overview) -> Iterator[Finding]:
     ranges = seen.router_bias.max(1) - seen.router_bias.min(1)
     flat = [str(layer) for layer in np.flatnonzero(ranges == 0)]
     if flat:
-        text = f"Router bias without effect in {_s(len(flat), 'layer')}"
+        text = f"Router bias without effect in {counted(len(flat), 'layer')}"
         yield _about("note", text, "a router bias that is the same for all experts", [f"layer {n}" for n in flat])
 
 
 def _left_out(seen: Overview) -> Iterator[Finding]:
     for each in itertools.chain(*(inspection.left_out for inspection in seen.checkpoints)):
-        count = _s(len(each.keys), "tensor")
+        count = counted(len(each.keys), "tensor")
         why = "config.json announces them, as modules for multi-token prediction" if each.announced else "as asked"
         text = f"{count} that the figures leave out: {why}"
         yield _about("note", text, f"names that begin with {shown(each.prefix)}", [shown(key) for key in each.keys])
@@ -212,17 +220,19 @@ def _changes(seen: Overview) -> Iterator[Finding]:
     unpaired = [each.key for each, change in pairs if change.non_finite]
     if unpaired:
         rule = "an element that is NaN or infinite in one checkpoint, and something else in the other"
-        yield _about("warning", f"{_s(len(unpaired), 'tensor')} with numbers that only one of them has", rule, unpaired)
+        yield _about(
+            "warning", f"{counted(len(unpaired), 'tensor')} with numbers that only one of them has", rule, unpaired
+        )
     differing = [each for each, change in pairs if change.differing]
     rule = "values compared in the less precise dtype of the two, FP8 dequantised, as minimax-jax diff does"
     if not differing:
-        text = f"Nothing changed: all {_s(len(pairs), 'weight')} have the same values"
+        text = f"Nothing changed: all {counted(len(pairs), 'weight')} have the same values"
         yield Finding(level="good", text=text, rule=rule)
     elif seen.quantised:
         yield from _quantisation(seen, differing)
     else:
         share = percent(seen.change(seen.weights))
-        text = f"{len(differing):,} of {_s(len(pairs), 'weight')} changed, by {share} over all"
+        text = f"{len(differing):,} of {counted(len(pairs), 'weight')} changed, by {share} over all"
         yield Finding(level="note", text=text, rule=f"{rule}; the root of the squared change over that of the weights")
         yield from _moved(seen)
 
@@ -236,7 +246,7 @@ def _quantisation(seen: Overview, differing: list[Figures]) -> Iterator[Finding]
     over = sorted((key for key in changes if changes[key] > MOST_ROUNDING), key=lambda key: -changes[key])
     text = f"Quantisation error: {percent(seen.change(seen.weights))} over all"
     if over:
-        yield _about("warning", f"{text}; more than rounding explains in {_s(len(over), 'weight')}", rule, over)
+        yield _about("warning", f"{text}; more than rounding explains in {counted(len(over), 'weight')}", rule, over)
     else:
         ranked = sorted(changes, key=lambda key: -changes[key])
         yield _about("note", f"{text}, {percent(changes[ranked[0]])} at most", rule, ranked)
@@ -251,14 +261,12 @@ def _moved(seen: Overview) -> Iterator[Finding]:
         yield Finding(level="note", text="No expert moved: what changed lies outside of them", rule=rule)
         return
     largest = np.sort(squares, axis=None)[::-1][: max(1, squares.size // 10)]
-    text = f"{moved:,} of {_s(squares.size, 'expert')} moved and hold {percent(squares.sum() / total)} of the change"
+    text = (
+        f"{moved:,} of {counted(squares.size, 'expert')} moved and hold {percent(squares.sum() / total)} of the change"
+    )
     tenth = f"the tenth of them that moved most holds {percent(largest.sum() / total)}"
     yield Finding(level="note", text=f"{text}; {tenth}", rule=rule)
 
 
 def _about(level: Level, text: str, rule: str, names: Sequence[str]) -> Finding:
     return Finding(level=level, text=text, rule=rule, names=tuple(names[:_NAMED]), count=len(names))
-
-
-def _s(count: int, one: str, many: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"

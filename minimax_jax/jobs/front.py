@@ -5,19 +5,20 @@ What needs jax is imported where it is called: looking at a checkpoint and plann
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from minimax_jax.errors import JobError, Problem, raise_if
+from minimax_jax.errors import JobError, Problem, RequestError, argument, raise_if
 from minimax_jax.io.location import locate
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
 from minimax_jax.jobs import inspect as inspecting
 from minimax_jax.jobs import plan as planning
-from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS, Plan, Target
+from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS, Plan, Target, no_place_for_fp8
 from minimax_jax.jobs.sample import require_sample
 from minimax_jax.jobs.source import open_source, open_sources
-from minimax_jax.jobs.streamed import load_target, streamed_targets
+from minimax_jax.jobs.streamed import StreamedPlan, load_planner, load_target, streamed_layout, streamed_targets
+from minimax_jax.layout.forms import HOLDING_FP8
 from minimax_jax.progress import Progress
 
 if TYPE_CHECKING:
@@ -32,27 +33,33 @@ TARGETS = {
     "hf-fp8": Target(layout="hf", dtype="F8_E4M3"),
     "transformers-v5": Target(layout="transformers-v5", dtype="BF16"),
 }
-"""Targets by the name that users give them."""
+"""Targets in safetensors by the name that users give them; `jobs.streamed` has the others."""
 
 STORED: Mapping[str, Literal["BF16", "F32", "F8_E4M3"]] = {"bf16": "BF16", "f32": "F32", "fp8": "F8_E4M3"}
 """dtypes of block-scaled weights by the name that users give them."""
 
 
 def target(to: str, dtype: str | None = None) -> Target:
-    """The target of a name (`native`, `hf`, `hf-fp8`) and an optional dtype (`bf16`, `f32`, `fp8`).
+    """The target of a name (`native`, `hf-fp8`, `orbax`, ...) and an optional dtype (`bf16`, `f32`, `fp8`).
 
     Raises:
-        JobError: there is no such target or dtype, or they contradict each other.
+        RequestError: there is no such target or dtype, or they contradict each other.
     """
-    if to not in TARGETS or (dtype is not None and dtype not in STORED):
-        expected = f"one of {', '.join(TARGETS)}; dtype one of {', '.join(STORED)}"
-        raise JobError(Problem(what="no such target", expected=expected, got=f"{to}, dtype {dtype}"))
-    chosen = TARGETS[to]
+    further = {name: Target(layout=streamed_layout(name), dtype="BF16") for name in streamed_targets()}
+    chosen = (TARGETS | further).get(to)
+    if chosen is None:
+        expected = f"one of {', '.join([*TARGETS, *further])}"
+        raise RequestError(Problem(what="no such target", expected=expected, got=to))
     if dtype is None:
         return chosen
+    if dtype not in STORED:
+        expected = f"one of {', '.join(STORED)}"
+        raise RequestError(Problem(what="no such dtype of block-scaled weights", expected=expected, got=dtype))
     if to == "hf-fp8" and dtype != "fp8":
-        remedy = f"hf with dtype {dtype}"
-        raise JobError(Problem(what="target hf-fp8 stores FP8", expected="fp8", got=dtype, remedy=remedy))
+        remedy = argument("to", "hf")
+        raise RequestError(Problem(what="target hf-fp8 stores FP8", expected="fp8", got=dtype, remedy=remedy))
+    if dtype == "fp8" and chosen.layout not in HOLDING_FP8:
+        raise RequestError(no_place_for_fp8(chosen.layout))
     return Target(layout=chosen.layout, dtype=STORED[dtype])
 
 
@@ -80,21 +87,24 @@ def plan(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     ignore: Collection[str] = (),
     leave_out: Collection[str] = (),
-) -> Plan:
+) -> Plan | StreamedPlan:
     """What a conversion would do, from headers alone.
 
     Args:
         path: the checkpoint to convert.
-        to: `native`, `hf`, `hf-fp8`, or `transformers-v5`: the state dict of transformers' module, experts fused.
+        to: `native`, `hf`, `hf-fp8`, or `transformers-v5`: the state dict of transformers' module, experts fused; or
+            `orbax`, `dcp`: native in the files of Orbax or of torch.distributed.checkpoint; or `maxtext`,
+            `maxtext-unscanned`: MaxText's params in the files of Orbax. Of these four the plan is in numbers alone.
         dtype: of block-scaled weights in the output: `bf16` (the default but for hf-fp8), `f32`, `fp8`.
         max_memory_bytes: budget over what the process has at the start.
         workers: threads.
-        shard_bytes: most bytes of tensor data in one output file.
+        shard_bytes: most bytes of tensor data in one output file; of targets in safetensors.
         ignore: attributes of config.json to leave unread.
         leave_out: what the names of tensors to leave out begin with; as in `open_source`.
 
     Raises:
-        CheckpointError: as `open_source`; JobError where the budget is too small or the target makes no sense.
+        CheckpointError: as `open_source`; JobError where the budget is too small; RequestError where the target makes
+            no sense, or does not know what is asked for.
 
     Examples:
         >>> mj.synthesize("MiniMax-M2")
@@ -102,9 +112,14 @@ def plan(
         >>> planned.read_bytes, planned.write_bytes
         (921120, 925408)
     """
+    chosen = target(to, dtype)
+    if to in streamed_targets():
+        require_known(to, shard_bytes=shard_bytes)
+        planner, source = load_planner(to), open_source(path, ignore=ignore, leave_out=leave_out)
+        return planner(source, dtype=chosen.dtype, max_memory_bytes=max_memory_bytes, workers=workers)
     return planning.plan(
         open_source(path, ignore=ignore, leave_out=leave_out),
-        target(to, dtype),
+        chosen,
         max_memory_bytes=max_memory_bytes,
         workers=workers,
         shard_bytes=shard_bytes,
@@ -136,9 +151,8 @@ def convert(
     Args:
         path: the checkpoint to convert.
         destination: a folder that does not exist yet, or is empty.
-        to: as in `plan`; or `orbax`, `dcp`: native in the files of Orbax or of torch.distributed.checkpoint; or
-            `maxtext`, `maxtext-unscanned`: MaxText's params in the files of Orbax. These four begin anew after a stop,
-            and take none of `check`, `restart`, `distributed` and `shard_bytes`.
+        to: as in `plan`. `orbax`, `dcp`, `maxtext` and `maxtext-unscanned` begin anew after a stop, and take none of
+            `check`, `restart`, `distributed` and `shard_bytes`.
         dtype: as in `plan`.
         max_memory_bytes: as in `plan`.
         workers: as in `plan`.
@@ -152,8 +166,7 @@ def convert(
 
     Raises:
         CheckpointError: as `plan`; JobError where the destination is taken or within the source, the disk too small, a
-            write fails, or a target does not know what is asked for;
-            NumericError where a weight to be quantised holds NaN or infinity.
+            write fails; RequestError as `plan`; NumericError where a weight to be quantised holds NaN or infinity.
 
     Examples:
         >>> mj.synthesize("MiniMax-M2")
@@ -163,37 +176,51 @@ def convert(
         >>> report.kept_scales, report.fresh_scales
         (32, ())
     """
+    chosen = target(to, dtype)
     _require_apart(path, destination)
     if to in streamed_targets():
-        asked = {"check": check not in (None, "none"), "restart": restart, "distributed": distributed}
-        raise_if(_unknown_to(to, asked | {"shard_bytes": shard_bytes != DEFAULT_SHARD_BYTES}), JobError)
-        write: Callable[..., Report] = load_target(to)
-        source, stored = open_source(path, ignore=ignore, leave_out=leave_out), target("native", dtype).dtype
+        require_known(to, shard_bytes=shard_bytes, check=check, restart=restart, distributed=distributed)
+        write, source = load_target(to), open_source(path, ignore=ignore, leave_out=leave_out)
         budget = {"max_memory_bytes": max_memory_bytes, "workers": workers}
-        return write(source, Path(destination), dtype=stored, progress=progress, **budget)
+        return write(source, Path(destination), dtype=chosen.dtype, progress=progress, **budget)
     from minimax_jax.jobs.run import run
     from minimax_jax.jobs.team import SOLO, distributed_team
 
     team = distributed_team() if distributed else SOLO
-    planned = plan(
-        path,
-        to=to,
-        dtype=dtype,
+    planned = planning.plan(
+        open_source(path, ignore=ignore, leave_out=leave_out),
+        chosen,
         max_memory_bytes=max_memory_bytes,
         workers=workers,
         shard_bytes=shard_bytes,
-        ignore=ignore,
-        leave_out=leave_out,
     )
     return run(planned, destination, check=check or "sample", restart=restart, team=team, progress=progress)
 
 
-def _unknown_to(to: str, asked: Mapping[str, bool]) -> Iterator[Problem]:
-    """Options that were given for a target that knows nothing of them: they must not seem to be heeded."""
-    for option, given in asked.items():
-        if given:
-            remedy = f"leave {option} out, or convert to one of {', '.join(TARGETS)}"
-            yield Problem(what=f"{option} means nothing to the target {to}", got=option, remedy=remedy)
+def require_known(
+    to: str,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    check: str | None = None,
+    restart: bool = False,
+    distributed: bool = False,
+) -> None:
+    """Refuse what a target in other files than safetensors knows nothing of: it must not seem to be heeded.
+
+    Raises:
+        RequestError: what was given that means nothing to it.
+    """
+    asked = {"shard_bytes": shard_bytes != DEFAULT_SHARD_BYTES, "check": check not in (None, "none")}
+    asked |= {"restart": restart, "distributed": distributed}
+    remedy = f"leave it out, or convert to a target in safetensors: {', '.join(TARGETS)}"
+    raise_if(
+        (
+            Problem(what=f"{argument(name)} means nothing to the target {to}", remedy=remedy)
+            for name, given in asked.items()
+            if given
+        ),
+        RequestError,
+    )
 
 
 def _require_apart(path: str | Path, destination: str | Path) -> None:
@@ -260,7 +287,7 @@ def verify(
         by: `bytes` or `value`.
         sample: look at a part only, always the same: a share such as `5%`, or a number of native tensors.
         certificate: an earlier certificate to hold `first` against, byte for byte; without `second`.
-        output: a file to write the certificate to.
+        output: a file to write the certificate to: a new one, or an earlier certificate.
         workers: threads.
         ignore: attributes of config.json to leave unread.
         leave_out: as in `plan`; of each of the two, or of one of them.
@@ -279,11 +306,11 @@ def verify(
         True
     """
     from minimax_jax.jobs import verify as verifying
-    from minimax_jax.jobs.certificate import require_place, write_certificate
+    from minimax_jax.jobs.certificate import require_certificate_place, write_certificate
     from minimax_jax.jobs.certified import read_certificate
 
     if output is not None:
-        require_place(output)
+        require_certificate_place(output)
     asked = None if sample is None else str(sample)
     if asked is not None:
         require_sample(asked)

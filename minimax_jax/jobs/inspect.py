@@ -34,7 +34,7 @@ class Inspection(Displayed):
     Attributes:
         path: what was opened.
         layout: whose names its tensors have.
-        config: its config.
+        config: its config; without blocks where no weight is FP8, whatever the scales beside it say.
         files: how many safetensors files it has.
         total: all tensors of the model.
         by_dtype: its tensors by stored dtype, in safetensors' spelling.
@@ -66,10 +66,11 @@ def inspect(source: Source) -> Inspection:
     kinds = {
         spec.key: _kind(source, entry, spec.key) for entry in source.survey.entries for spec in source.specs(entry)
     }
+    is_fp8 = "F8_E4M3" in source.survey.dtypes.values()
     return Inspection(
         path=source.path,
         layout=source.survey.layout,
-        config=source.config,
+        config=source.config if is_fp8 else source.config.replace(weight_block_size=None),
         files=len(source.checkpoint.files),
         total=_tally(infos.values()),
         by_dtype=_by((info.dtype, info) for info in infos.values()),

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from minimax_jax.display import size
+from minimax_jax.display import counted, size
 
 if TYPE_CHECKING:
     from minimax_jax.io.header import TensorInfo
@@ -63,7 +63,7 @@ def _label(name: str, node: Node) -> Text:
     label = Text(name, style="bold" if node.children else "")
     if node.alike > 1:
         label.append(f" ({node.alike} alike)", "not bold cyan")
-    what = f"{node.tensors:,} tensors" if node.shape is None else f"{node.dtype} {list(node.shape)}"
+    what = counted(node.tensors, "tensor") if node.shape is None else f"{node.dtype} {list(node.shape)}"
     return label.append(f"  {what}, {size(node.nbytes)}", "not bold dim")
 
 
@@ -123,7 +123,9 @@ def tensor_view(facts: TensorFacts, *, everything: bool = False) -> Iterator[Any
         )
         least, median, most = amax
         block = " by ".join(map(str, facts.block))
-        table.add_row("amax", f"{least} to {most}, median {median}, of {seen.block_amax.size:,} blocks of {block}")
+        table.add_row(
+            "amax", f"{least} to {most}, median {median}, of {counted(seen.block_amax.size, 'block')} of {block}"
+        )
     if seen.scale_inv is not None:
         table.add_row("scale_inv", " to ".join(f"{scale:.4g}" for scale in seen.scale_inv))
     for name, count in (("zero", seen.zeros), ("saturated", seen.saturated), ("NaN", seen.nans)):

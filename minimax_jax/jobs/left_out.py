@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from minimax_jax.display import counted
 from minimax_jax.errors import LayoutError, Problem, raise_if
 from minimax_jax.io.checkpoint import Checkpoint
 from minimax_jax.io.header import TensorInfo
@@ -36,7 +37,7 @@ class LeftOut:
         why = "MTP modules, which config.json announces" if self.announced else "as asked"
         first, count = shown(self.keys[0]), len(self.keys)
         names = first if count == 1 else f"{first} to {shown(self.keys[-1])}"
-        return f"left out, {why}: {count:,} tensor{'' if count == 1 else 's'}, {self.nbytes:,} bytes: {names}"
+        return f"left out, {why}: {counted(count, 'tensor')}, {self.nbytes:,} bytes: {names}"
 
     @property
     def keys(self) -> tuple[str, ...]:

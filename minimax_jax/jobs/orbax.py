@@ -37,6 +37,7 @@ from minimax_jax.jobs.orbax_source import open_orbax
 from minimax_jax.jobs.orbax_worker import OrbaxWorker
 from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS
 from minimax_jax.jobs.run import Report
+from minimax_jax.jobs.scales import scale_remarks
 from minimax_jax.jobs.source import Source
 from minimax_jax.jobs.team import present_team
 from minimax_jax.layout.check import Survey, survey
@@ -98,6 +99,8 @@ def write(
         seconds=ticker.seconds,
         kept_scales=len(kept),
         fresh_scales=tuple(sorted(fresh)),
+        read_tensors=len(source.checkpoint.tensors),
+        remarks=tuple(scale_remarks(source, dtype, beside=False, all_fresh=bool(fresh) and not kept)),
         left_out=source.left_out,
     )
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from minimax_jax.dtypes import DTYPES
-from minimax_jax.errors import JobError, Problem, raise_if
+from minimax_jax.errors import JobError, Problem, RequestError, raise_if
 from minimax_jax.io.orbax import chunk_rows
 from minimax_jax.jobs.budget import over_budget, peak_bytes, require_workers, share_bytes
+from minimax_jax.jobs.plan import no_place_for_fp8
 from minimax_jax.jobs.source import Source, batches, layout_specs
+from minimax_jax.jobs.streamed import StreamedPlan
 from minimax_jax.jobs.units import COPIES_OF_INPUT, COPIES_OF_OUTPUT
 from minimax_jax.layout.arrangement import Arrangement, arrange
 from minimax_jax.layout.config import MiniMaxConfig
@@ -95,11 +98,10 @@ def plan(source: Source, dtype: str, *, max_memory_bytes: int, workers: int, lay
     """
     require_workers(workers)
     if dtype == "F8_E4M3" and layout not in HOLDING_FP8:
-        what = f"{layout} has no place for FP8 weights"
-        raise JobError(Problem(what=what, expected="bf16 or f32", got="fp8", remedy="--dtype bf16"))
+        raise RequestError(no_place_for_fp8(layout))
     if dtype not in SCALED_DTYPES:
         expected = ", ".join(SCALED_DTYPES)
-        raise JobError(Problem(what="no such dtype of block-scaled weights", expected=expected, got=dtype))
+        raise RequestError(Problem(what="no such dtype of block-scaled weights", expected=expected, got=dtype))
     entries = tuple(source.survey.entries)
     most = max(1, min(_UNIT_BYTES, share_bytes(max_memory_bytes, workers)))
     specs, chunks = _arrays(entries, source, layout, dtype)
@@ -116,6 +118,28 @@ def plan(source: Source, dtype: str, *, max_memory_bytes: int, workers: int, lay
     largest = max(made.units, key=lambda unit: unit.memory_bytes)
     raise_if(over_budget(largest.memory_bytes, max_memory_bytes, workers, key=largest.entry.native), JobError)
     return made
+
+
+def foresee(
+    source: Source, *, dtype: str, max_memory_bytes: int, workers: int, to: str = "orbax", layout: Layout = "native"
+) -> StreamedPlan:
+    """The same in numbers, as `minimax_jax.jobs.streamed` wants them."""
+    made = plan(source, dtype, max_memory_bytes=max_memory_bytes, workers=workers, layout=layout)
+    return StreamedPlan(
+        source=source,
+        to=to,
+        dtype=dtype,
+        units=len(made.units),
+        tensors=len(made.specs),
+        read_bytes=made.read_bytes,
+        write_bytes=made.write_bytes,
+        peak_bytes=made.peak_bytes,
+        workers=workers,
+    )
+
+
+foresee_maxtext = functools.partial(foresee, to="maxtext", layout="maxtext")
+foresee_maxtext_unscanned = functools.partial(foresee, to="maxtext-unscanned", layout="maxtext-unscanned")
 
 
 def _stored(entry: Entry, source: Source, dtype: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minimax_jax.display import size
+from minimax_jax.display import counted, size
 from minimax_jax.jobs.findings import Finding, findings
 from minimax_jax.jobs.left_out import left_out_json
 from minimax_jax.jobs.overview import Overview
@@ -48,7 +48,8 @@ def _finding(each: Finding) -> dict[str, Any]:
 def view(seen: Overview, *, page: Path, top: int | None = SHOWN) -> Iterator[Any]:
     """To look at, with the first `top` names of a finding; None for all that it has."""
     names = " to ".join(str(each.path) for each in seen.checkpoints)
-    yield f"{names}: {len(seen.weights):,} weights in {size(sum(each.total.nbytes for each in seen.checkpoints))}"
+    nbytes = sum(each.total.nbytes for each in seen.checkpoints)
+    yield f"{names}: {counted(len(seen.weights), 'weight')} in {size(nbytes)}"
     for each in findings(seen):
         yield f"{each.level:>7}  {each.text}"
         shown = each.names[:top]

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from minimax_jax.display import Displayed
-from minimax_jax.errors import JobError, raise_if
+from minimax_jax.errors import JobError, Problem, argument, raise_if
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES, ShardLayout, TensorOut, lay_out
 from minimax_jax.jobs.budget import LEAST_UNIT_BYTES, over_budget, peak_bytes, require_workers, share_bytes
+from minimax_jax.jobs.scales import Remark, scale_remarks, scales_of
 from minimax_jax.jobs.source import SIDECAR_STEM, Source, batches, layout_specs, same_form, sidecar_metadata
 from minimax_jax.jobs.units import COPIES_OF_INPUT, COPIES_OF_OUTPUT, Convert, Copy, GroupScales, Output, Unit
 from minimax_jax.layout.check import Layout
@@ -38,6 +39,11 @@ class Target:
 
     layout: Layout
     dtype: str
+
+    @property
+    def keeps_scales(self) -> bool:
+        """Whether the block scales of an FP8 source have a place beside float weights: the sidecar."""
+        return self.layout == "native"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -76,6 +82,26 @@ class Plan(Displayed):
     def peak_bytes(self) -> int:
         """Most memory over what the process has at the start: the largest units at a time, and what jax takes once."""
         return peak_bytes(self.units, self.workers)
+
+    @property
+    def to(self) -> str:
+        """The layout that is written."""
+        return self.target.layout
+
+    @property
+    def dtype(self) -> str:
+        """Stored dtype of block-scaled weights in the output."""
+        return self.target.dtype
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors will be written, those of the sidecar apart."""
+        return sum(len(shard.tensors) for shard in self.shards)
+
+    @property
+    def remarks(self) -> tuple[Remark, ...]:
+        """What there is to know beforehand."""
+        return tuple(scale_remarks(self.source, self.target.dtype, beside=self.target.keeps_scales))
 
     def views(self) -> Iterable[Any]:
         """What there is to look at."""
@@ -124,7 +150,8 @@ def plan(
     most = max(LEAST_UNIT_BYTES, min(share_bytes(max_memory_bytes, workers), _UNIT_BYTES))
     entries = tuple(source.survey.entries)
     outputs = [spec for entry in entries for spec in _written(entry, source, target)]
-    kept = [entry for entry in entries if target.layout == "native" and _loses_scales(entry, source, target)]
+    beside = target.keeps_scales and target.dtype != "F8_E4M3"
+    kept = [entry for entry in entries if beside and scales_of(entry, source)]
     weights = (_units(entry, source, target, most) for entry in entries)
     scales = (_scale_units(entry, source, most) for entry in kept)
     made = Plan(
@@ -139,6 +166,12 @@ def plan(
     largest = max(unit.memory_bytes for unit in made.units)
     raise_if(over_budget(largest, max_memory_bytes, workers), JobError)
     return made
+
+
+def no_place_for_fp8(layout: str) -> Problem:
+    """The problem of FP8 weights for a layout that has no place for their scales."""
+    what, remedy = f"{layout} has no place for FP8 weights", f"{argument('dtype', 'bf16')}, or f32"
+    return Problem(what=what, expected="bf16 or f32", got="fp8", remedy=remedy)
 
 
 def _stored_dtype(entry: Entry, source: Source, target: Target) -> str:
@@ -158,12 +191,6 @@ def _part_out(spec: TensorSpec, first: int, rows: int) -> Output:
     """Rows of a tensor."""
     row_bytes = spec.nbytes // spec.shape[0]
     return Output(key=spec.key, offset_bytes=first * row_bytes, nbytes=rows * row_bytes)
-
-
-def _loses_scales(entry: Entry, source: Source, target: Target) -> bool:
-    """Whether the target has no place for block scales that the source (or its sidecar) has."""
-    has = source.survey.dtypes[entry.native] == "F8_E4M3" or entry.native + SCALE_SUFFIX in source.sidecar
-    return has and target.dtype != "F8_E4M3" and entry.row.scaled
 
 
 def _sidecar(entries: list[Entry], source: Source) -> tuple[ShardLayout, ...]:

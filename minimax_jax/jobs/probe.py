@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from minimax_jax.display import Displayed, size
-from minimax_jax.errors import JobError
+from minimax_jax.errors import JobError, Problem
 from minimax_jax.io.files import io_errors
+from minimax_jax.io.folder import workshop_of
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.plan import Plan
 from minimax_jax.jobs.source import Source, by_ranges
+from minimax_jax.jobs.streamed import StreamedPlan
 
 MOST_BYTES = 128 * 2**20
 """Bytes that are read, and bytes that are written, at most."""
@@ -71,7 +73,7 @@ class Probe(Displayed):
         yield from probe_view(self)
 
 
-def probe(plan: Plan, destination: Path) -> Probe:
+def probe(plan: Plan | StreamedPlan, destination: Path) -> Probe:
     """Read a part of a plan's source, and write a nameless file where its output is to be.
 
     Args:
@@ -79,10 +81,11 @@ def probe(plan: Plan, destination: Path) -> Probe:
         destination: where its output is to be; it need not exist, and is not made.
 
     Raises:
-        JobError: nothing can be written there.
+        JobError: nothing can be written there, or nothing of that name.
         FormatError: the source cannot be read.
     """
     folder = _nearest(destination)
+    _require_short_names(destination, folder)
     with io_errors(JobError, "destination cannot be written", folder):
         free = shutil.disk_usage(folder).free
         written, write_rate = _write(folder, min(MOST_BYTES, free // _SHARE_OF_FREE))
@@ -107,6 +110,18 @@ def _nearest(destination: Path) -> Path:
     """The destination, or the nearest folder above it that exists."""
     path = Path(os.path.realpath(destination))
     return next(folder for folder in (path, *path.parents) if os.path.isdir(folder))  # noqa: PTH112 - no name is too long for it
+
+
+def _require_short_names(destination: Path, folder: Path) -> None:
+    """Refuse a destination that could not be made: the room is another's, and the time is never."""
+    path = Path(os.path.realpath(destination))
+    made = {*path.relative_to(folder).parts, workshop_of(path).name}  # the longest of them, a folder beside it
+    longest = os.pathconf(folder, "PC_NAME_MAX")
+    too_long = next((name for name in made if len(os.fsencode(name)) > longest), None)
+    if too_long is not None:
+        expected, got = f"at most {longest} bytes", f"{len(os.fsencode(too_long))} bytes"
+        what, remedy = "name too long for the disk of the destination", "choose a shorter one"
+        raise JobError(Problem(what=what, file=str(destination), expected=expected, got=got, remedy=remedy))
 
 
 def _write(folder: Path, most_bytes: int) -> tuple[int, float]:

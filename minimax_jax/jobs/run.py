@@ -22,6 +22,7 @@ from minimax_jax.io.source import copy_file
 from minimax_jax.io.writer import Writer
 from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.plan import Plan
+from minimax_jax.jobs.scales import Remark, scale_remarks
 from minimax_jax.jobs.team import FAILED, SOLO, Team
 from minimax_jax.jobs.units import Unit
 from minimax_jax.jobs.worker import FRESH, KEPT, UNIT, Record, Worker, is_record
@@ -49,6 +50,8 @@ class Report(Displayed):
         seconds: wall-clock time.
         kept_scales: weights that were quantised with their source scales, byte for byte what they were.
         fresh_scales: names of weights that were quantised with scales by amax.
+        read_tensors: how many tensors the source holds; 0 where there was none, but a model in memory.
+        remarks: what else there is to know, of block scales that were not kept.
         left_out: tensors in the files of the source that are not the model's: they were not converted.
         kernels: which code the work went through on a CPU.
     """
@@ -60,6 +63,8 @@ class Report(Displayed):
     seconds: float
     kept_scales: int
     fresh_scales: tuple[str, ...]
+    read_tensors: int = 0
+    remarks: tuple[Remark, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     kernels: Backend = field(default_factory=backend)
 
@@ -196,14 +201,19 @@ def _sha256(content: bytes) -> str:
 
 
 def _report(plan: Plan, destination: Path, seconds: float, records: Mapping[str, Record]) -> Report:
+    kept = sum(record[KEPT] for record in records.values())
+    fresh = tuple(sorted(key for record in records.values() for key in record[FRESH]))
+    beside, all_fresh = plan.target.keeps_scales, bool(fresh) and not kept
     return Report(
         destination=destination,
         tensors=sum(len(shard.tensors) for shard in plan.shards),
         read_bytes=plan.read_bytes,
         written_bytes=plan.write_bytes,
         seconds=seconds,
-        kept_scales=sum(record[KEPT] for record in records.values()),
-        fresh_scales=tuple(sorted(key for record in records.values() for key in record[FRESH])),
+        kept_scales=kept,
+        fresh_scales=fresh,
+        read_tensors=len(plan.source.checkpoint.tensors),
+        remarks=tuple(scale_remarks(plan.source, plan.dtype, beside=beside, all_fresh=all_fresh)),
         left_out=plan.source.left_out,
     )
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minimax_jax.errors import JobError, Problem
+from minimax_jax.errors import Problem, RequestError
 from minimax_jax.layout.specs import Entry
 
 
@@ -36,7 +36,7 @@ def draw(entries: Sequence[Entry], asked: str) -> tuple[Sample, tuple[Entry, ...
         asked: a share such as `5%` (rounded up), or a number of entries such as `40`.
 
     Raises:
-        JobError: `asked` is neither, or nothing.
+        RequestError: `asked` is neither, or nothing.
     """
     count = min(_count(asked, len(entries)), len(entries))
     ranked = sorted(entries, key=lambda entry: hashlib.sha256(entry.native.encode()).digest())
@@ -49,7 +49,7 @@ def require_sample(asked: str) -> None:
     """Check that a sample can be understood.
 
     Raises:
-        JobError: it is neither a share such as `5%` nor a number such as `40`, or it is nothing.
+        RequestError: it is neither a share such as `5%` nor a number such as `40`, or it is nothing.
     """
     _count(asked, 1)
 
@@ -64,5 +64,5 @@ def _count(asked: str, total: int) -> int:
     most = math.inf if whole else 100
     if not 0 < share <= most or not math.isfinite(share) or (whole and not (asked.isascii() and asked.isdecimal())):
         expected = "a share such as 5%, or a number of entries such as 40"
-        raise JobError(Problem(what="no such sample", expected=expected, got=asked))
+        raise RequestError(Problem(what="no such sample", expected=expected, got=asked))
     return int(share) if whole else math.ceil(total * share / 100)

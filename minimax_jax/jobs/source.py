@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import itertools
 import json
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.left_out import LeftOut, require_found, set_aside
 from minimax_jax.layout.arrangement import arrange
 from minimax_jax.layout.check import Survey, survey
-from minimax_jax.layout.config import CONFIG_NAME, MOST_CONFIG_BYTES, MiniMaxConfig
+from minimax_jax.layout.config import CONFIG_NAME, MOST_CONFIG_BYTES, MiniMaxConfig, is_hub_id
 from minimax_jax.layout.forms import FORMS
 from minimax_jax.layout.specs import Entry, TensorSpec
 from minimax_jax.layout.table import SCALE_SUFFIX
@@ -171,6 +173,7 @@ def sidecar_metadata(config: MiniMaxConfig) -> dict[str, str]:
 
 def _open(path: str | Location, ignore: Collection[str], leave_out: Collection[str]) -> Source:
     place = places.pin(locate(path))
+    _require_no_hub_id(place)
     if isinstance(place, Path) and is_orbax(place):
         from minimax_jax.jobs.orbax_source import open_orbax  # which is made of what is here
 
@@ -188,6 +191,13 @@ def _open(path: str | Location, ignore: Collection[str], leave_out: Collection[s
     raise_if(_misfits(sidecar, checked), LayoutError)
     raise_if(_unsized_blocks(checked, folder), ConfigError)
     return Source(path=place, checkpoint=checkpoint, config=config, survey=checked, sidecar=sidecar, left_out=left_out)
+
+
+def _require_no_hub_id(place: Location) -> None:
+    """Tell whoever names a hub repository as other tools do how it is named here; a path that is there is a path."""
+    if isinstance(place, Path) and is_hub_id(str(place)) and not os.path.lexists(place):
+        what, remedy = "no checkpoint can be opened here", f"if it is a repository of the hub: hf://{place}"
+        raise FormatError(Problem(what=what, file=str(place), got=os.strerror(errno.ENOENT), remedy=remedy))
 
 
 def _read_config(folder: Location, ignore: Collection[str]) -> MiniMaxConfig:

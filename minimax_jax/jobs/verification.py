@@ -26,6 +26,7 @@ class Digested:
     Attributes:
         path: what was opened.
         layout: which layout it has.
+        stored: how many tensors it holds, by the names of its layout, whether they were looked at or not.
         nbytes: bytes of all its tensors.
         digests: the stored tensors of its Hugging Face form that were looked at, in canonical order.
         config: digest of what its config.json says; see `digests.config_digest`.
@@ -37,6 +38,7 @@ class Digested:
 
     path: Location
     layout: Layout
+    stored: int
     nbytes: int
     digests: tuple[Digest, ...]
     config: str
@@ -105,7 +107,7 @@ class Verification(Displayed):
 
     def views(self) -> Iterable[Any]:
         """What there is to look at."""
-        from minimax_jax.jobs.report import verification_view
+        from minimax_jax.jobs.verify_report import verification_view
 
         return verification_view(self)
 

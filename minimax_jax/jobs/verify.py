@@ -15,7 +15,7 @@ from typing import get_args
 
 import numpy as np
 
-from minimax_jax.errors import JobError, Problem
+from minimax_jax.errors import JobError, Problem, RequestError
 from minimax_jax.jobs.architecture import require_same_architecture
 from minimax_jax.jobs.budget import require_workers
 from minimax_jax.jobs.certified import Certificate, Held, hold
@@ -57,11 +57,12 @@ def verify(
     Raises:
         LayoutError: the two are not of the same architecture: other sizes, or other numbers that change what the model
             computes, such as `rotary_dim`.
-        JobError: no such `by` or `sample`, no workers, a certificate for two checkpoints, or nothing to look at.
+        RequestError: no such `by` or `sample`, no workers, or a certificate for two checkpoints.
+        JobError: nothing to look at.
         FormatError: a file changed or ends too early while it is read.
     """
     if by not in get_args(By):
-        raise JobError(Problem(what="no such way to compare", expected=" or ".join(get_args(By)), got=str(by)))
+        raise RequestError(Problem(what="no such way to compare", expected=" or ".join(get_args(By)), got=str(by)))
     require_workers(workers)
     sources = (first,) if second is None else (first, second)
     require_same_architecture(sources[0], sources[-1])
@@ -88,7 +89,7 @@ def _chosen(
         return taken, chosen
     if len(sources) == 2:
         remedy = "verify one checkpoint against the certificate, then compare the two"
-        raise JobError(Problem(what="two checkpoints and a certificate", file=str(certificate.file), remedy=remedy))
+        raise RequestError(Problem(what="two checkpoints and a certificate", file=str(certificate.file), remedy=remedy))
     if certificate.sampled:
         told = {key for checkpoint in certificate.checkpoints for key in checkpoint.tensors}
         chosen = tuple(entry for entry in chosen if not told.isdisjoint(itertools.chain(*entry.keys)))
@@ -121,6 +122,7 @@ def _digested(source: Source, which: int, looks: Sequence[Look]) -> Digested:
     return Digested(
         path=source.path,
         layout=source.survey.layout,
+        stored=len(source.checkpoint.tensors),
         nbytes=source.checkpoint.nbytes,
         digests=tuple(digest for look in looks for digest in look.digests[which]),
         config=config_digest(source),

@@ -15,7 +15,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from minimax_jax.errors import ConfigError, Problem, raise_if
+from minimax_jax.errors import ConfigError, Problem, argument, raise_if
 from minimax_jax.layout import fields
 from minimax_jax.layout.fields import FIELDS, REQUIRED, shown
 
@@ -204,7 +204,7 @@ def _unknown(given: Mapping[str, Any], ignore: Collection[str]) -> Iterator[Prob
         if name in (_ROPE, _FP8):
             yield Problem(what=f"{name} must be an object", key=name, got=shown(given[name]))
         elif name not in _KNOWN and name not in ignore:
-            remedy = "if it changes no tensor, name it in `ignore` (--ignore-attribute)"
+            remedy = f"if it changes no tensor, name it in {argument('ignore')}"
             if name == "num_experts":
                 remedy = "MiniMax-M2 calls it num_local_experts"
             yield Problem(what="unknown attribute", key=_label(name), got=shown(given[name]), remedy=remedy)

@@ -141,7 +141,7 @@ def _locate(path: str | Path) -> Path:
         return _download(text.removeprefix(_HUB).partition("?")[0].rstrip("/"))
     if local.is_dir():
         local = local / CONFIG_NAME
-    elif not local.exists() and _is_hub_id(text):
+    elif not local.exists() and is_hub_id(text):
         return _download(text)
     if not local.is_file():
         what = "not a regular file" if local.exists() else "no such file"
@@ -149,7 +149,8 @@ def _locate(path: str | Path) -> Path:
     return local
 
 
-def _is_hub_id(text: str) -> bool:
+def is_hub_id(text: str) -> bool:
+    """Whether a text that is no path of this machine has the form of a hub repository's name: `org/name`."""
     return text.count("/") == 1 and not text.startswith((".", "/", "~")) and all(text.split("/"))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Protocol
 
-from minimax_jax.errors import Problem
+from minimax_jax.errors import Problem, argument
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.forms import NESTED
 from minimax_jax.layout.specs import Specs
@@ -99,7 +99,7 @@ def _miscounted(
     file = tensors[key].file if key else None
     remedies = ["fetch an incomplete download again"] if absent else []
     if surplus and attribute == "num_hidden_layers":
-        remedies.append("name MTP modules in leave_out (--leave-out)")
+        remedies.append(f"name MTP modules in {argument('leave_out')}")
     yield Problem(
         what=f"the tensors do not fit {attribute} of config.json",
         file=str(file) if file else None,
@@ -114,7 +114,7 @@ def _unexpected(key: str, stored: Stored, table: Specs) -> Problem:
     got = f"{stored.dtype} {list(stored.shape)}"
     if key in table.places:
         return problem_of("name of the other layout", key, stored, expected="no such tensor", got=got)
-    remedy = "if nobody is to read it, name what it begins with in leave_out (--leave-out)"
+    remedy = f"if nobody is to read it, name what it begins with in {argument('leave_out')}"
     return problem_of("unexpected tensor", key, stored, expected="no such tensor", got=got, remedy=remedy)
 
 

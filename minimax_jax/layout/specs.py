@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from minimax_jax.display import Displayed, size
+from minimax_jax.display import Displayed, counted, size
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.table import PREFIX, SCALE_SUFFIX, Row, axis_sizes, rows
@@ -155,7 +155,7 @@ class Specs(Displayed):
         from rich.table import Table
 
         published = list(self.hf())
-        yield f"MiniMax-M2, {len(published):,} tensors as published, {size(total_bytes(published))}"
+        yield f"MiniMax-M2, {counted(len(published), 'tensor')} as published, {size(total_bytes(published))}"
         table = Table("native tensor", "axes", "shape", "published as", "count", box=None)
         counts = Counter(entry.row for entry in self.entries)
         first = {entry.row: entry for entry in reversed(self.entries)}

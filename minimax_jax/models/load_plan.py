@@ -85,7 +85,7 @@ def unit_bytes_of(max_memory_bytes: int, workers: int) -> int:
     """Most memory that one unit may take, of a budget for all that run at a time.
 
     Raises:
-        JobError: no workers.
+        RequestError: no workers.
     """
     require_workers(workers)
     return max(LEAST_UNIT_BYTES, min(share_bytes(max_memory_bytes, workers), _UNIT_BYTES))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minimax_jax.display import Displayed
+from minimax_jax.display import Displayed, counted
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.jobs.source import Source
@@ -53,6 +53,11 @@ class MeshPlan(Displayed):
     shares: tuple[Share, ...]
     read_bytes: int
     warnings: tuple[str, ...]
+
+    @property
+    def loads(self) -> bool:
+        """Whether the checkpoint can be loaded onto the mesh at all."""
+        return bool(self.shares)
 
     @property
     def devices(self) -> int:
@@ -142,7 +147,8 @@ def _idle_axes(rules: Rules, mesh: Mapping[str, int]) -> Iterator[str]:
 def _whole_heads(placer: Placer, config: MiniMaxConfig) -> Iterator[str]:
     over = placer.rules.over("kv_heads", placer.mesh_shape)
     if over and placer.stays_whole("kv_heads", over):
-        count = f"{config.num_key_value_heads} KV heads, and {placer.shards(over)} shards of {' x '.join(over)}"
+        heads, shards = counted(config.num_key_value_heads, "KV head"), counted(placer.shards(over), "shard")
+        count = f"{heads}, and {shards} of {' x '.join(over)}"
         yield f"what is split by KV heads stays whole on every device: there are {count}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from minimax_jax.display import size
+from minimax_jax.display import counted, size
 from minimax_jax.jobs.report import warning
 from minimax_jax.models.mesh_plan import MeshPlan, Share
 
@@ -35,9 +35,10 @@ def document(plan: MeshPlan) -> dict[str, Any]:
 def view(plan: MeshPlan) -> Iterator[Any]:
     """To look at."""
     axes = ", ".join(f"{axis}={count}" for axis, count in plan.mesh.items())
-    if plan.shares:
+    if plan.loads:
         held, read = size(plan.device_bytes), size(plan.read_bytes)
-        yield f"loaded onto a mesh of {axes}: {plan.devices} devices, {held} on each, for which it reads {read}"
+        devices = counted(plan.devices, "device")
+        yield f"loaded onto a mesh of {axes}: {devices}, {held} on each, for which it reads {read}"
         table = Table("kind", "split", "in all", "on a device", box=None)
         for share in plan.shares:
             table.add_row(share.kind, _split(share), size(share.nbytes), size(share.device_bytes))

@@ -193,7 +193,7 @@ class Placer:
         what = f"axis {rule} does not divide over the mesh" + (": heads stay whole" if heads else "")
         expected = f"a multiple of {shards} ({' x '.join(f'{axis}={self.mesh_shape[axis]}' for axis in over)})"
         got = f"{heads} heads" if heads else f"size {size}"
-        remedy = f"another mesh, or Rules({rule}=...) with fewer mesh axes, or {rule}=None"
+        remedy = f"another mesh, or in Python Rules({rule}=...) with fewer mesh axes, or {rule}=None"
         yield Problem(what=what, key=name, expected=expected, got=got, remedy=remedy)
 
 

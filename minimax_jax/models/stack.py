@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 import jax
 
 from minimax_jax.conversion import Leaf
+from minimax_jax.display import counted
 from minimax_jax.errors import LayoutError, Problem, raise_if
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.specs import Entry, specs
@@ -103,5 +104,5 @@ def _uneven(name: str, group: tuple[Entry, ...], stacked: Mapping[str, Leaf]) ->
         return
     shapes = [tuple(array.shape) for array in jax.tree.leaves(stacked[name])]
     if any(shape[:1] != (len(group),) for shape in shapes):
-        expected = f"a leading axis of {len(group)} layers"
+        expected = f"a leading axis of {counted(len(group), 'layer')}"
         yield Problem(what="not a tensor of stacked layers", key=name, expected=expected, got=str(shapes))
