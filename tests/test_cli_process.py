@@ -156,7 +156,7 @@ def test_a_reader_that_is_gone_is_no_difference(made):
 @pytest.mark.parametrize("option", [["--restart"], ["--check", "all"], ["--distributed"], ["--shard-size", "1GB"]])
 @pytest.mark.parametrize("to", ["orbax", "dcp"])
 def test_what_a_target_does_not_know_is_refused(made, tmp_path, to, option):
-    told = run("convert", made / "hf", tmp_path / "out", "--to", to, *option, code=3)[1]
+    told = run("convert", made / "hf", tmp_path / "out", "--to", to, *option, code=2)[1]
     assert f"means nothing to the target {to}" in told and list(tmp_path.iterdir()) == []
 
 
