@@ -54,6 +54,7 @@ build/aot: pyproject.toml
 	touch $@
 
 reliability: .venv/base
+	$(BIN)/pip install --quiet --editable ".[orbax]"
 	$(BIN)/python benchmarks/reliability.py --output docs/reliability.md $(RELIABILITY_FLAGS)
 
 # Guided by coverage, FUZZ_SECONDS for each parser; what it finds lies in build/fuzz. atheris runs on Linux, Python 3.11

@@ -24,24 +24,29 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-from trials import faults, inputs, kills  # noqa: E402
+from trials import faults, inputs, kills, teams  # noqa: E402
+from trials.jobs import OPTIONS, QUICK, jobs  # noqa: E402
 from trials.outcome import Outcome  # noqa: E402
 
-import minimax_jax.jobs.run  # noqa: E402 - children are forked: what they need is imported once
+import minimax_jax.jobs.orbax  # noqa: E402 - children are forked: what they need is imported once
+import minimax_jax.jobs.run  # noqa: E402
 import minimax_jax.jobs.verify  # noqa: E402, F401
+from minimax_jax.io import orbax  # noqa: E402
 
-PARTS = ("kills", "faults", "inputs")
+PARTS = ("kills", "teams", "faults", "inputs")
 POLICIES = Path(__file__).parent / "trials" / "policies.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few kills: a check that it runs, in half a minute")
-    parser.add_argument("--kills", type=int, default=200, help="at random times")
+    parser.add_argument("--kills", type=int, default=240, help="at random times")
+    parser.add_argument("--losses", type=int, default=10, help="of the leader of a team, and of another process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--output", type=Path, help="write the note to this file")
     options = parser.parse_args(arguments)
+    orbax.require()
     began = time.monotonic()
     found: dict[str, list[Outcome]] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -65,16 +70,23 @@ def outcomes(part: str, folder: Path, options: argparse.Namespace) -> Iterator[O
     if part == "inputs":
         yield from inputs.tried(folder)
         return
-    work = kills.jobs(folder / part, names=list(kills.OPTIONS)[: 1 if options.quick or part == "faults" else None])
+    several = OPTIONS if part == "kills" else list(OPTIONS)[:1]
+    work = jobs(folder / part, names=list(QUICK if options.quick and part == "kills" else several))
+    source, place = folder / part / "hf", folder / part
     if part == "faults":
-        yield from faults.tried(work[0], folder / part / "hf", folder / part, every=3 if options.quick else 1)
-        return
-    yield from kills.at_moments(work, folder / part, each=1 if options.quick else 5)
-    yield from kills.at_random(work, folder / part, count=4 if options.quick else options.kills, seed=options.seed)
+        yield from faults.tried(work[0], source, place, every=3 if options.quick else 1)
+    elif part == "teams":
+        yield from teams.at_random(
+            work[0], source, place, count=1 if options.quick else options.losses, seed=options.seed
+        )
+    else:
+        yield from kills.at_moments(work, place, each=1 if options.quick else 5)
+        yield from kills.at_random(work, place, count=4 if options.quick else options.kills, seed=options.seed)
 
 
 TITLES = {
     "kills": "Kills: stopped, started again, compared",
+    "teams": "Processes lost: one of several that share a conversion",
     "faults": "Faults: one error, nothing that looks whole, and the next run ends in the right bytes",
     "inputs": "Bad inputs: refused by name, or carried along and told",
 }

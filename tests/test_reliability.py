@@ -26,9 +26,9 @@ from trials import kills
 def run(out):
     out.mkdir(exist_ok=True)
     (out / "model").write_bytes(b"half")
-job = kills.Job(name="x", run=run, expected={{"model": b"whole"}}, seconds=1, moments={{}})
+job = kills.Job(name="x", run=run, expected={{"model": b"whole"}}, goes_on=True, seconds=1, moments={{}})
 wrong = kills._goes_on(job, Path({folder!r}) / "out")
-print(wrong, kills._outcome("x", [(1, wrong)]).good)
+print(wrong, kills._outcome("x", [(1, wrong)], goes_on=True).good)
 """
 
 

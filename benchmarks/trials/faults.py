@@ -2,159 +2,30 @@
 
 from __future__ import annotations
 
-import errno
+import dataclasses
 import os
-import resource
 import shutil
 import signal
 import stat
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minimax_jax import cli
 from minimax_jax.errors import CheckpointError
-from minimax_jax.jobs import front
-from trials.inject import failing, once_at
-from trials.kills import Job
+from trials.causes import FAULTS, NEED_ROOT, Cause
+from trials.inject import once_at
+from trials.jobs import OPTIONS, Job, convert
 from trials.outcome import Child, Outcome, files, named
-
-Fault = Callable[[Job, Path, Path], Any]
-NOBODY = 65534
-
-
-def disk_full_by_limit(job: Job, source: Path, out: Path) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    job.run(out)
-
-
-def disk_full_in_the_middle(job: Job, source: Path, out: Path) -> None:
-    failing("pwrite", errno.ENOSPC, 12)
-    job.run(out)
-
-
-def write_error(job: Job, source: Path, out: Path) -> None:
-    failing("pwrite", errno.EIO, 20)
-    job.run(out)
-
-
-def flush_error(job: Job, source: Path, out: Path) -> None:
-    failing("fsync", errno.EIO, 0)
-    job.run(out)
-
-
-def read_error(job: Job, source: Path, out: Path) -> None:
-    failing("preadv", errno.EIO, 40)
-    job.run(out)
-
-
-def stale_handle(job: Job, source: Path, out: Path) -> None:
-    failing("preadv", errno.ESTALE, 40)
-    job.run(out)
-
-
-def source_truncated(job: Job, source: Path, out: Path) -> None:
-    def cut() -> None:
-        for file in source.glob("*.safetensors"):
-            os.truncate(file, file.stat().st_size - 1)
-
-    once_at("before a write", 5, cut)
-    job.run(out)
-
-
-def source_replaced(job: Job, source: Path, out: Path) -> None:
-    def replace() -> None:
-        for file in source.glob("*.safetensors"):
-            shutil.copy(file, file.with_suffix(".new"))
-            file.with_suffix(".new").replace(file)
-
-    once_at("before a write", 5, replace)
-    job.run(out)
-
-
-def source_written_to(job: Job, source: Path, out: Path) -> None:
-    def write() -> None:
-        for file in source.glob("*.safetensors"):
-            file.write_bytes(file.read_bytes())
-
-    once_at("before a write", 5, write)
-    job.run(out)
-
-
-def source_not_readable(job: Job, source: Path, out: Path) -> None:
-    next(source.glob("*.safetensors")).chmod(0)
-    out.parent.chmod(0o777)
-    os.setuid(NOBODY)
-    job.run(out)
-
-
-def destination_not_writable(job: Job, source: Path, out: Path) -> None:
-    out.parent.chmod(0o555)
-    os.setuid(NOBODY)
-    job.run(out)
-
-
-def memory_budget_too_small(job: Job, source: Path, out: Path) -> None:
-    front.convert(source, out, max_memory_bytes=1000)
-
-
-def thread_runs_out_of_memory(job: Job, source: Path, out: Path) -> None:
-    def fail() -> None:
-        raise MemoryError("no memory left")
-
-    once_at("before a write", 7, fail)
-    job.run(out)
-
-
-def thread_dies(job: Job, source: Path, out: Path) -> None:
-    def die() -> None:
-        raise SystemExit(17)
-
-    once_at("before the journal", 7, die)
-    job.run(out)
-
-
-def small_disk(job: Job, source: Path, out: Path) -> None:
-    """A real file system with too little room, where one may be mounted."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder]
-        if subprocess.run(command, capture_output=True).returncode:
-            raise NotImplementedError
-        try:
-            front.convert(source, Path(folder) / "out")
-        finally:
-            subprocess.run(["umount", folder], check=True, capture_output=True)
-
-
-FAULTS: dict[str, tuple[Fault, str]] = {
-    "disk full: a limit of file sizes (RLIMIT_FSIZE)": (disk_full_by_limit, "JobError"),
-    "disk full: a file system of 400 kB (tmpfs)": (small_disk, "JobError"),
-    "disk full at the 13th write": (disk_full_in_the_middle, "JobError"),
-    "I/O error at the 21st write": (write_error, "JobError"),
-    "I/O error when data is flushed": (flush_error, "JobError"),
-    "I/O error at the 41st read": (read_error, "FormatError"),
-    "stale file handle at the 41st read": (stale_handle, "FormatError"),
-    "source cut by a byte while it is read": (source_truncated, "FormatError"),
-    "source replaced while it is read": (source_replaced, "FormatError"),
-    "source written to while it is read": (source_written_to, "FormatError"),
-    "source not readable": (source_not_readable, "FormatError"),
-    "destination not writable": (destination_not_writable, "JobError"),
-    "memory budget too small": (memory_budget_too_small, "JobError"),
-    "a thread runs out of memory": (thread_runs_out_of_memory, "MemoryError"),
-    "a thread dies": (thread_dies, "SystemExit"),
-}
-"""What goes wrong, and the error that it has to give."""
 
 
 def tried(job: Job, source: Path, folder: Path, *, every: int = 1) -> Iterator[Outcome]:
     """Faults once each, or one in so many, on copies of the source and followed by a run to the end."""
-    for what, (fault, expected) in list(FAULTS.items())[::every]:
-        yield _try(job, source, folder, what, fault, expected)
+    for what, (cause, expected) in list(FAULTS.items())[::every]:
+        yield _try(job, source, folder, what, cause, expected)
     yield _two_at_once(job, folder / "twice")
     yield _short_reads(job, folder)
     yield _another_disk(job)
@@ -162,8 +33,8 @@ def tried(job: Job, source: Path, folder: Path, *, every: int = 1) -> Iterator[O
         yield _signalled(job, source, folder, number, code)
 
 
-def _try(job: Job, source: Path, folder: Path, what: str, fault: Fault, expected: str) -> Outcome:
-    if os.geteuid() and fault in (source_not_readable, destination_not_writable, small_disk):
+def _try(job: Job, source: Path, folder: Path, what: str, cause: Cause, expected: str) -> Outcome:
+    if os.geteuid() and cause in NEED_ROOT:
         return Outcome(what=what, count=0, gave="not tried: it takes root", good=True)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         Path(place).chmod(0o755)
@@ -171,18 +42,14 @@ def _try(job: Job, source: Path, folder: Path, what: str, fault: Fault, expected
         shutil.copytree(source, copy)
         work.mkdir()
         out = work / "out"
-        ours = Job(**{**vars(job), "run": partial(_convert, copy)})
-        _, told = Child(partial(fault, ours, copy, out)).ended()
+        ours = dataclasses.replace(job, run=partial(convert, copy, OPTIONS[job.name]))
+        _, told = Child(partial(cause, ours, copy, out)).ended()
         if isinstance(told, NotImplementedError):
             return Outcome(what=what, count=0, gave="not tried: nothing can be mounted here", good=True)
         gave, good = named(told), type(told).__name__ == expected
         if out.exists():
             gave, good = gave + "; something that looks whole was left", False
         return Outcome(what=what, count=1, gave=gave, good=good and _ends(ours, source, copy, out))
-
-
-def _convert(source: Path, out: Path) -> None:
-    front.convert(source, out, shard_bytes=300_000)
 
 
 def _ends(job: Job, source: Path, copy: Path, out: Path) -> bool:
@@ -199,7 +66,7 @@ def _ends(job: Job, source: Path, copy: Path, out: Path) -> bool:
         except CheckpointError as error:
             if "--restart" not in str(error) and not changed:
                 raise
-            front.convert(copy, out, shard_bytes=300_000, restart=True)
+            convert(copy, OPTIONS[job.name] | {"restart": True}, out)
 
     status, _ = Child(run).ended()
     return status == 0 and files(out) == job.expected
@@ -256,7 +123,7 @@ def _same(what: str, job: Job, out: Path, ended: tuple[int, Any]) -> Outcome:
 
 
 def _signalled(job: Job, source: Path, folder: Path, number: signal.Signals, code: int) -> Outcome:
-    """The command line, stopped in the middle by a signal that asks."""
+    """The command line, stopped in the middle by a signal that asks. The job is what it does by default."""
     out = folder / "signalled"
     arguments = ["convert", str(source), str(out), "--shard-size", "300kB", "-q"]
 

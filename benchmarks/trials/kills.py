@@ -8,87 +8,30 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from minimax_jax import synthetic
 from minimax_jax.io import points
-from minimax_jax.jobs import front
-from trials.outcome import Child, Outcome, files, in_child, named
+from trials.jobs import Job
+from trials.outcome import Child, Outcome, files, named
 
-SHARD_BYTES = 300_000
-OPTIONS: dict[str, dict[str, Any]] = {
-    "native bf16": {"to": "native", "dtype": "bf16", "workers": 2},
-    "native fp8": {"to": "native", "dtype": "fp8", "workers": 1},
-    "hf bf16": {"to": "hf", "dtype": "bf16", "workers": 3},
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A conversion with the bytes that it has to give.
-
-    Attributes:
-        seconds: how long it takes undisturbed, from the call to the end of the process.
-        moments: how often each named moment is reached.
-    """
-
-    name: str
-    run: Callable[[Path], None]
-    expected: dict[str, bytes]
-    seconds: float
-    moments: dict[str, int]
-
-
-def jobs(folder: Path, *, names: Sequence[str]) -> list[Job]:
-    """The jobs to kill, each run once undisturbed."""
-    folder.mkdir()
-    in_child(partial(_synthesize, folder / "hf"))
-    return [_job(name, folder) for name in names]
-
-
-def _synthesize(folder: Path) -> None:
-    synthetic.synthesize(folder, synthetic.config(layers=2, experts=4), shard_bytes=50_000)
-
-
-def _job(name: str, folder: Path) -> Job:
-    def run(out: Path) -> None:
-        front.convert(folder / "hf", out, shard_bytes=SHARD_BYTES, **OPTIONS[name])
-
-    expected = folder / f"undisturbed {name}"
-    in_child(partial(run, expected))  # what is compiled for the first time is found in the cache later
-    moments = in_child(partial(_counted, run, folder / f"counted {name}"))
-    child = Child(partial(run, folder / f"timed {name}"))
-    child.begun()
-    began = time.monotonic()
-    child.ended()
-    seconds = time.monotonic() - began
-    return Job(name=name, run=run, expected=files(expected), seconds=seconds, moments=moments)
-
-
-def _counted(run: Callable[[Path], None], out: Path) -> dict[str, int]:
-    counts: dict[str, int] = {}
-
-    def count(name: str) -> None:
-        counts[name] = counts.get(name, 0) + 1
-
-    points.on_reach = count
-    run(out)
-    return counts
+STAYS = {True: "went on; byte for byte the undisturbed output", False: "began anew; the undisturbed output"}
+"""What has to come of it where a job goes on, and where it begins anew: the bytes are the same in both."""
 
 
 def at_moments(work: list[Job], folder: Path, *, each: int) -> Iterator[Outcome]:
     """Kill every job at `each` occurrences of each named moment: the first, the last, and some between."""
-    for moment in work[0].moments:
+    for goes_on, moment in itertools.product(STAYS, dict.fromkeys(itertools.chain(*(job.moments for job in work)))):
+        killed = [job for job in work if job.goes_on == goes_on and moment in job.moments]
         results = [
             _survives(job, folder / "out", partial(_die_at, job.run, moment, number))
-            for job in work
+            for job in killed
             for number in _spread(job.moments[moment], each)
         ]
-        yield _outcome(f"SIGKILL {moment}", results)
+        if killed:
+            names = "" if goes_on else ", " + ", ".join(job.name for job in killed)
+            yield _outcome(f"SIGKILL {moment}{names}", results, goes_on=goes_on)
 
 
 def at_random(work: list[Job], folder: Path, *, count: int, seed: int) -> Iterator[Outcome]:
@@ -99,8 +42,8 @@ def at_random(work: list[Job], folder: Path, *, count: int, seed: int) -> Iterat
         results[job.name].append(_survives_random(job, folder / "out", chance))
         if sum(kills for found in results.values() for kills, _ in found) >= count:
             break
-    for name, found in results.items():
-        yield _outcome(f"SIGKILL at a random time, {name}", found)
+    for job in work:
+        yield _outcome(f"SIGKILL at a random time, {job.name}", results[job.name], goes_on=job.goes_on)
 
 
 def _spread(total: int, each: int) -> list[int]:
@@ -164,7 +107,7 @@ def _goes_on(job: Job, out: Path) -> str:
         shutil.rmtree(out.with_name(f".{out.name}.partial"), ignore_errors=True)
 
 
-def _outcome(what: str, results: list[tuple[int, str]]) -> Outcome:
+def _outcome(what: str, results: list[tuple[int, str]], *, goes_on: bool) -> Outcome:
     count, wrong = sum(kills for kills, _ in results), [text for _, text in results if text]
-    gave = "went on; byte for byte the undisturbed output" if not wrong else f"{len(wrong)} wrong: {wrong[0]}"
+    gave = STAYS[goes_on] if not wrong else f"{len(wrong)} wrong: {wrong[0]}"
     return Outcome(what=what, count=count, gave=gave, good=not wrong and count > 0)

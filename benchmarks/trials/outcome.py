@@ -14,6 +14,9 @@ from typing import Any
 HANGS_AFTER_S = 120
 """Far longer than anything here takes."""
 
+_NOTED_BY_ORBAX = {"_CHECKPOINT_METADATA": b"0123456789", "commit_success.txt": bytes(range(256))}
+"""What Orbax writes of time and place, and the bytes of it that may differ."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -106,5 +109,7 @@ def named(error: object) -> str:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file in a folder, hidden ones too, by name."""
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    """Every file in a folder and below it, hidden ones too, by path; time and place that Orbax notes are taken out."""
+    found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    noted = {name: found[name].translate(None, free) for name, free in _NOTED_BY_ORBAX.items() if name in found}
+    return found | noted

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minimax_jax.dtypes import DTYPES
+from minimax_jax.io import points
 from minimax_jax.io.orbax import Rows
 from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.heap import give_back
@@ -57,6 +58,7 @@ class OrbaxWorker:
 
     def _write(self, unit: OrbaxUnit, native: Mapping[str, Array]) -> None:
         """Write stored native tensors, as the layout has them."""
+        points.reach("before a write")
         if self.plan.layout not in FORMS:
             for key, tensor in native.items():
                 self.arrays[key].write(unit.first, np.asarray(tensor))

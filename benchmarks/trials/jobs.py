@@ -1,0 +1,90 @@
+"""Conversions to be killed and broken: each with the bytes that it has to give, and the moments that it comes by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from minimax_jax import synthetic
+from minimax_jax.io import points
+from minimax_jax.jobs import front
+from minimax_jax.jobs.streamed import streamed_targets
+from trials.outcome import Child, files, in_child
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "native bf16": {"to": "native", "dtype": "bf16", "workers": 2, "shard_bytes": 300_000},
+    "transformers-v5 bf16": {"to": "transformers-v5", "dtype": "bf16", "workers": 2, "shard_bytes": 300_000},
+    "maxtext bf16": {"to": "maxtext", "dtype": "bf16", "workers": 2},
+    "native fp8": {"to": "native", "dtype": "fp8", "workers": 1, "shard_bytes": 300_000},
+    "hf bf16": {"to": "hf", "dtype": "bf16", "workers": 3, "shard_bytes": 300_000},
+    "transformers-v5 fp8": {"to": "transformers-v5", "dtype": "fp8", "workers": 2, "shard_bytes": 300_000},
+}
+QUICK = tuple(OPTIONS)[:3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A conversion with the bytes that it has to give.
+
+    Attributes:
+        goes_on: whether it goes on where it was stopped; else it begins anew.
+        seconds: how long it takes undisturbed, from the call to the end of the process.
+        moments: how often each named moment is reached.
+    """
+
+    name: str
+    run: Callable[[Path], None]
+    expected: dict[str, bytes]
+    goes_on: bool
+    seconds: float
+    moments: dict[str, int]
+
+
+def jobs(folder: Path, *, names: Sequence[str] = tuple(OPTIONS)) -> list[Job]:
+    """Jobs on a checkpoint in `folder / "hf"`, each run once undisturbed."""
+    folder.mkdir()
+    in_child(partial(_synthesize, folder / "hf"))
+    return [_job(name, folder) for name in names]
+
+
+def convert(source: Path, options: dict[str, Any], out: Path) -> None:
+    """What a job runs; it tells nothing, as there is nothing to tell the parent of a child."""
+    front.convert(source, out, **options)
+
+
+def _synthesize(folder: Path) -> None:
+    synthetic.synthesize(folder, synthetic.config(layers=2, experts=4), shard_bytes=50_000)
+
+
+def _job(name: str, folder: Path) -> Job:
+    run = partial(convert, folder / "hf", OPTIONS[name])
+    expected = folder / f"undisturbed {name}"
+    in_child(partial(run, expected))  # what is compiled for the first time is found in the cache later
+    moments = in_child(partial(_counted, run, folder / f"counted {name}"))
+    child = Child(partial(run, folder / f"timed {name}"))
+    child.begun()
+    began = time.monotonic()
+    child.ended()
+    return Job(
+        name=name,
+        run=run,
+        expected=files(expected),
+        goes_on=OPTIONS[name]["to"] not in streamed_targets(),
+        seconds=time.monotonic() - began,
+        moments=moments,
+    )
+
+
+def _counted(run: Callable[[Path], None], out: Path) -> dict[str, int]:
+    counts: dict[str, int] = {}
+
+    def count(name: str) -> None:
+        counts[name] = counts.get(name, 0) + 1
+
+    points.on_reach = count
+    run(out)
+    return counts
