@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import JobError, Problem, raise_if
@@ -19,8 +19,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 _TORCH_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})  # accelerate refuses files without it
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorOut:
+class TensorOut(NamedTuple):
     """A tensor to be written: its key, its dtype by format name, its shape."""
 
     key: str
@@ -88,21 +87,23 @@ def _split(tensors: Sequence[TensorOut], shard_bytes: int) -> Iterator[list[Tens
     group: list[TensorOut] = []
     filled = 0
     for tensor in tensors:
-        if group and tensor.nbytes and filled + tensor.nbytes > shard_bytes:
+        nbytes = tensor.nbytes
+        if group and nbytes and filled + nbytes > shard_bytes:
             yield group
             group, filled = [], 0
         group.append(tensor)
-        filled += tensor.nbytes
+        filled += nbytes
     yield group
 
 
 def _shard(group: list[TensorOut], metadata: Mapping[str, str], file_name: str) -> ShardLayout:
-    header = serialise_header(((out.key, out.dtype, out.shape, out.nbytes) for out in group), metadata)
+    sized = [(out.key, out.dtype, out.shape, out.nbytes) for out in group]
+    header = serialise_header(sized, metadata)
     places: dict[str, tuple[int, int]] = {}
     position = len(header)
-    for tensor in group:
-        places[tensor.key] = position, position + tensor.nbytes
-        position += tensor.nbytes
+    for key, _, _, nbytes in sized:
+        places[key] = position, position + nbytes
+        position += nbytes
     return ShardLayout(file_name=file_name, header=header, tensors=places, file_bytes=position)
 
 
