@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minimax_jax.bulk import without_collector
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import FormatError, Problem, raise_if
 from minimax_jax.io.files import FileState, short_file
@@ -110,6 +111,7 @@ def read_header(file: Location) -> Header:
     return dataclasses.replace(header, state=opened.state)
 
 
+@without_collector
 def parse_header(text: bytes, *, file: Location, file_bytes: int) -> Header:
     """Check the JSON text of a header against the size of its file; the inverse of `serialise_header`.
 

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from minimax_jax.bulk import without_collector
 from minimax_jax.errors import FormatError, JobError, Problem, raise_if
 from minimax_jax.io import points
 from minimax_jax.io.files import io_errors, sync_folder
@@ -18,6 +19,7 @@ TEMPORARY_SUFFIX = ".tmp"
 """The end of the hidden name of a file until it is whole; a process that is killed leaves it."""
 
 
+@without_collector
 def parse_object(text: bytes, *, file: Location, what: str) -> dict[str, Any]:
     """Parse a JSON object, refusing what the json module lets through: duplicate keys, NaN, unpaired surrogates.
 

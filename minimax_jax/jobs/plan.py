@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from minimax_jax.bulk import without_collector
 from minimax_jax.display import Displayed
 from minimax_jax.errors import JobError, Problem, argument, raise_if
 from minimax_jax.io.header import TensorInfo
@@ -125,6 +126,7 @@ class Plan(Displayed):
                 return tuple(Output(key=spec.key, offset_bytes=0, nbytes=spec.nbytes) for spec in specs)
 
 
+@without_collector
 def plan(
     source: Source,
     target: Target,

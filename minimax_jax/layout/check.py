@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from minimax_jax.bulk import without_collector
 from minimax_jax.dtypes import FLOATS
 from minimax_jax.errors import LayoutError, Problem
 from minimax_jax.layout.arrangement import arrange, stored_names
@@ -36,6 +37,7 @@ class Survey:
         return (entry for entry in self.specs.entries if entry.native in self.dtypes)
 
 
+@without_collector
 def survey(
     tensors: Mapping[str, Stored], config: MiniMaxConfig, *, layout: Layout | None = None, partial: bool = False
 ) -> Survey:
@@ -111,7 +113,7 @@ class EntryCheck:
 
     Attributes:
         names: of all tensors that the entry may have: weights, and scales where it is block-scaled.
-        present: those of them that are there.
+        present: whether any of them is there.
         dtype: stored dtype of the weights.
     """
 
@@ -121,7 +123,7 @@ class EntryCheck:
         self.layout = layout
         self.weights = _weights(entry, layout)
         self.names = [*self.weights, *(key + SCALE_SUFFIX for key in self.weights if entry.row.scaled)]
-        self.present = [key for key in self.names if key in tensors]
+        self.present = any(key in tensors for key in self.names)
         self.dtype = next((tensors[key].dtype for key in self.weights if key in tensors), "")
 
     def problems(self) -> Iterator[Problem]:

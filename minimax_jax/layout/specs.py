@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from minimax_jax.bulk import without_collector
 from minimax_jax.display import Displayed, counted, size
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.layout.config import MiniMaxConfig
@@ -193,6 +194,7 @@ def specs(config: MiniMaxConfig, prefix: str = PREFIX) -> Specs:
 
 
 @functools.lru_cache(maxsize=8)
+@without_collector
 def _specs(config: MiniMaxConfig, prefix: str) -> Specs:
     return Specs(config, prefix)
 
