@@ -9,6 +9,7 @@ from .errors import JobError as JobError
 from .errors import LayoutError as LayoutError
 from .errors import NumericError as NumericError
 from .errors import Problem as Problem
+from .errors import RequestError as RequestError
 from .jobs.front import convert as convert
 from .jobs.front import diff as diff
 from .jobs.front import inspect as inspect

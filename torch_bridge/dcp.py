@@ -98,7 +98,8 @@ def plan(source: Source, *, dtype: str, max_memory_bytes: int, workers: int) -> 
 
     Raises:
         LayoutError: the source is in a layout that is not read here.
-        JobError: the budget is too small, or there are no workers.
+        JobError: the budget is too small.
+        RequestError: no workers.
     """
     require_workers(workers)
     require_own_layout(source)

@@ -68,7 +68,7 @@ def gather(
 
     Raises:
         LayoutError: the two are not of the same architecture.
-        JobError: no workers.
+        RequestError: no workers.
         FormatError: a file changed or ends too early while it is read.
     """
     require_workers(workers)

@@ -93,8 +93,8 @@ def plan(source: Source, dtype: str, *, max_memory_bytes: int, workers: int, lay
     """Plan a conversion: a pure function of the source's headers. Arguments as in `minimax_jax.jobs.orbax.write`.
 
     Raises:
-        JobError: no such dtype (or none in the layout), no workers, or a budget that is too small for the largest unit;
-            says what is needed.
+        RequestError: no such dtype (or none in the layout), or no workers.
+        JobError: a budget that is too small for the largest unit; says what is needed.
     """
     require_workers(workers)
     if dtype == "F8_E4M3" and layout not in HOLDING_FP8:

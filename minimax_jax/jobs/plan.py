@@ -146,7 +146,8 @@ def plan(
         shard_bytes: most bytes of tensor data in one output file.
 
     Raises:
-        JobError: the budget is too small for the largest unit; says what is needed. No workers, or no shard size.
+        JobError: the budget is too small for the largest unit; says what is needed. No shard size.
+        RequestError: no workers.
     """
     require_workers(workers)
     most = max(LEAST_UNIT_BYTES, min(share_bytes(max_memory_bytes, workers), _UNIT_BYTES))
