@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.errors import JobError, RequestError
-from minimax_jax.jobs import front
+from minimax_jax.jobs import targets
 from minimax_jax.jobs.budget import RUNTIME_BYTES
 from minimax_jax.jobs.plan import Copy, Target, plan
 from minimax_jax.jobs.report import plan_json
@@ -68,7 +68,7 @@ def written(planned):
     ],
 )
 def test_the_published_model_is_planned_to_the_byte(whole, to, dtype, tensors, nbytes):
-    planned = plan(whole, front.target(to, dtype))
+    planned = plan(whole, targets.target(to, dtype))
     sidecar = SCALE_BYTES if dtype == "bf16" and to == "native" else 0
     stored = [shard.tensors for shard in planned.shards]
     assert sum(map(len, stored)) == tensors
@@ -86,13 +86,13 @@ def test_the_published_model_is_planned_to_the_byte(whole, to, dtype, tensors, n
 
 
 def test_no_file_of_the_published_model_is_larger_than_asked(whole):
-    for shard in plan(whole, front.target("native"), shard_bytes=5 * 10**9).shards:
+    for shard in plan(whole, targets.target("native"), shard_bytes=5 * 10**9).shards:
         data = sum(stop - start for start, stop in shard.tensors.values())
         assert data <= 5 * 10**9 or len(shard.tensors) == 1
 
 
 def test_the_peak_does_not_depend_on_layers_and_experts(whole, little):
-    assert plan(whole, front.target("native", "f32")).peak_bytes == mj.plan(little, dtype="f32").peak_bytes
+    assert plan(whole, targets.target("native", "f32")).peak_bytes == mj.plan(little, dtype="f32").peak_bytes
 
 
 # --- a pure function of headers --------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_the_budget_that_an_error_names_is_the_least_that_works(little, to, dtyp
 @settings(max_examples=40, deadline=None)
 def test_no_plan_is_over_its_budget(opened, max_memory_bytes, workers, target):
     try:
-        planned = plan(opened, front.target(*target), max_memory_bytes=max_memory_bytes, workers=workers)
+        planned = plan(opened, targets.target(*target), max_memory_bytes=max_memory_bytes, workers=workers)
     except JobError:
         return
     assert planned.peak_bytes <= max_memory_bytes
@@ -161,7 +161,7 @@ def test_no_plan_is_over_its_budget(opened, max_memory_bytes, workers, target):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_the_peak_is_that_of_the_largest_units_at_a_time(opened, workers):
-    planned = plan(opened, front.target("native"), workers=workers)
+    planned = plan(opened, targets.target("native"), workers=workers)
     largest = sorted((unit.memory_bytes for unit in planned.units), reverse=True)[:workers]
     assert planned.peak_bytes == RUNTIME_BYTES + sum(largest) and len(largest) == workers
 
@@ -180,9 +180,9 @@ def test_numbers_that_make_no_sense_are_named(little, wrong):
 
 
 def test_targets_have_names():
-    assert front.target("native") == Target(layout="native", dtype="BF16")
-    assert front.target("hf", "f32") == Target(layout="hf", dtype="F32")
-    assert front.target("hf-fp8") == front.target("hf-fp8", "fp8") == front.target("hf", "fp8")
+    assert targets.target("native") == Target(layout="native", dtype="BF16")
+    assert targets.target("hf", "f32") == Target(layout="hf", dtype="F32")
+    assert targets.target("hf-fp8") == targets.target("hf-fp8", "fp8") == targets.target("hf", "fp8")
 
 
 @pytest.mark.parametrize("to,dtype", [("orbit", None), ("native", "fp4"), ("HF", None), ("hf-fp8", "bf16"), ("", "")])

@@ -11,6 +11,7 @@ from minimax_jax.cli import cli
 from minimax_jax.errors import JobError, LayoutError, RequestError
 from minimax_jax.jobs import front, streamed
 from minimax_jax.jobs.streamed import StreamedPlan
+from minimax_jax.jobs.targets import TARGETS
 
 STREAMED = ("orbax", "dcp", "maxtext", "maxtext-unscanned")
 GIB = 2**30
@@ -30,7 +31,7 @@ def targets(command):
 
 
 def test_plan_knows_every_target_that_convert_knows(source):
-    assert targets("plan") == targets("convert") == {*front.TARGETS, *STREAMED}
+    assert targets("plan") == targets("convert") == {*TARGETS, *STREAMED}
     for to in targets("plan"):
         assert run_json("plan", source, "--to", to)[0]["tensors"] > 0
 

@@ -95,10 +95,10 @@ def _sample(context: click.Context, parameter: click.Parameter, sample: str | No
 
 def _fitting(context: click.Context, parameter: click.Parameter, dtype: str | None) -> str | None:
     """`--dtype`, which must not contradict `--to`."""
-    from minimax_jax.jobs import front
+    from minimax_jax.jobs.targets import target
 
     try:
-        front.target(context.params["to"], dtype)
+        target(context.params["to"], dtype)
     except CheckpointError as error:
         raise click.BadParameter(str(error), context, parameter) from error
     return dtype

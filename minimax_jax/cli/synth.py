@@ -32,9 +32,9 @@ def synth(
 ) -> None:
     """Write a made-up checkpoint in the exact published layout into the new folder DST."""
     from minimax_jax import synthetic
-    from minimax_jax.jobs import front, report
+    from minimax_jax.jobs import front, report, targets
 
     config = synthetic.config(real=real, layers=layers, experts=experts)
     with out.progress("synth") as listener:
-        synthetic.synthesize(dst, config, scaled=front.STORED[dtype], progress=listener, **chosen)
+        synthetic.synthesize(dst, config, scaled=targets.STORED[dtype], progress=listener, **chosen)
     out.show(report.inspection_json, report.inspection_view, front.inspect(dst))

@@ -5,20 +5,20 @@ What needs jax is imported where it is called: looking at a checkpoint and plann
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from minimax_jax.errors import JobError, Problem, RequestError, argument, raise_if
+from minimax_jax.errors import JobError, Problem
 from minimax_jax.io.location import locate
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
 from minimax_jax.jobs import inspect as inspecting
 from minimax_jax.jobs import plan as planning
-from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS, Plan, Target, no_place_for_fp8
+from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS, Plan
 from minimax_jax.jobs.sample import require_sample
 from minimax_jax.jobs.source import open_source, open_sources
-from minimax_jax.jobs.streamed import StreamedPlan, load_planner, load_target, streamed_layout, streamed_targets
-from minimax_jax.layout.forms import HOLDING_FP8
+from minimax_jax.jobs.streamed import StreamedPlan, load_planner, load_target, streamed_targets
+from minimax_jax.jobs.targets import require_known, target
 from minimax_jax.progress import Progress
 
 if TYPE_CHECKING:
@@ -26,41 +26,6 @@ if TYPE_CHECKING:
     from minimax_jax.jobs.push import Pushed
     from minimax_jax.jobs.run import Check, Report
     from minimax_jax.jobs.verification import Verification
-
-TARGETS = {
-    "native": Target(layout="native", dtype="BF16"),
-    "hf": Target(layout="hf", dtype="BF16"),
-    "hf-fp8": Target(layout="hf", dtype="F8_E4M3"),
-    "transformers-v5": Target(layout="transformers-v5", dtype="BF16"),
-}
-"""Targets in safetensors by the name that users give them; `jobs.streamed` has the others."""
-
-STORED: Mapping[str, Literal["BF16", "F32", "F8_E4M3"]] = {"bf16": "BF16", "f32": "F32", "fp8": "F8_E4M3"}
-"""dtypes of block-scaled weights by the name that users give them."""
-
-
-def target(to: str, dtype: str | None = None) -> Target:
-    """The target of a name (`native`, `hf-fp8`, `orbax`, ...) and an optional dtype (`bf16`, `f32`, `fp8`).
-
-    Raises:
-        RequestError: there is no such target or dtype, or they contradict each other.
-    """
-    further = {name: Target(layout=streamed_layout(name), dtype="BF16") for name in streamed_targets()}
-    chosen = (TARGETS | further).get(to)
-    if chosen is None:
-        expected = f"one of {', '.join([*TARGETS, *further])}"
-        raise RequestError(Problem(what="no such target", expected=expected, got=to))
-    if dtype is None:
-        return chosen
-    if dtype not in STORED:
-        expected = f"one of {', '.join(STORED)}"
-        raise RequestError(Problem(what="no such dtype of block-scaled weights", expected=expected, got=dtype))
-    if to == "hf-fp8" and dtype != "fp8":
-        remedy = argument("to", "hf")
-        raise RequestError(Problem(what="target hf-fp8 stores FP8", expected="fp8", got=dtype, remedy=remedy))
-    if dtype == "fp8" and chosen.layout not in HOLDING_FP8:
-        raise RequestError(no_place_for_fp8(chosen.layout))
-    return Target(layout=chosen.layout, dtype=STORED[dtype])
 
 
 def inspect(
@@ -195,32 +160,6 @@ def convert(
         shard_bytes=shard_bytes,
     )
     return run(planned, destination, check=check or "sample", restart=restart, team=team, progress=progress)
-
-
-def require_known(
-    to: str,
-    *,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-    check: str | None = None,
-    restart: bool = False,
-    distributed: bool = False,
-) -> None:
-    """Refuse what a target in other files than safetensors knows nothing of: it must not seem to be heeded.
-
-    Raises:
-        RequestError: what was given that means nothing to it.
-    """
-    asked = {"shard_bytes": shard_bytes != DEFAULT_SHARD_BYTES, "check": check not in (None, "none")}
-    asked |= {"restart": restart, "distributed": distributed}
-    remedy = f"leave it out, or convert to a target in safetensors: {', '.join(TARGETS)}"
-    raise_if(
-        (
-            Problem(what=f"{argument(name)} means nothing to the target {to}", remedy=remedy)
-            for name, given in asked.items()
-            if given
-        ),
-        RequestError,
-    )
 
 
 def _require_apart(path: str | Path, destination: str | Path) -> None:

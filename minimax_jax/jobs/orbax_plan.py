@@ -11,9 +11,9 @@ from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import JobError, Problem, RequestError, raise_if
 from minimax_jax.io.orbax import chunk_rows
 from minimax_jax.jobs.budget import over_budget, peak_bytes, require_workers, share_bytes
-from minimax_jax.jobs.plan import no_place_for_fp8
 from minimax_jax.jobs.source import Source, batches, layout_specs
 from minimax_jax.jobs.streamed import StreamedPlan
+from minimax_jax.jobs.targets import no_place_for_fp8
 from minimax_jax.jobs.units import COPIES_OF_INPUT, COPIES_OF_OUTPUT
 from minimax_jax.layout.arrangement import Arrangement, arrange
 from minimax_jax.layout.config import MiniMaxConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 from minimax_jax.bulk import without_collector
 from minimax_jax.display import Displayed
-from minimax_jax.errors import JobError, Problem, argument, raise_if
+from minimax_jax.errors import JobError, raise_if
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES, ShardLayout, TensorOut, lay_out
 from minimax_jax.jobs.budget import LEAST_UNIT_BYTES, over_budget, peak_bytes, require_workers, share_bytes
@@ -169,12 +169,6 @@ def plan(
     largest = max(unit.memory_bytes for unit in made.units)
     raise_if(over_budget(largest, max_memory_bytes, workers), JobError)
     return made
-
-
-def no_place_for_fp8(layout: str) -> Problem:
-    """The problem of FP8 weights for a layout that has no place for their scales."""
-    what, remedy = f"{layout} has no place for FP8 weights", f"{argument('dtype', 'bf16')}, or f32"
-    return Problem(what=what, expected="bf16 or f32", got="fp8", remedy=remedy)
 
 
 def _stored_dtype(entry: Entry, source: Source, target: Target) -> str:
