@@ -19,7 +19,7 @@ test: .venv/test
 
 # What the ranges of dependencies begin with, but for torch and what only tests need: the newest is what `make test` has.
 LOWEST_TESTS ?= tests/test_safetensors_reader.py tests/test_conversion.py tests/test_verify.py tests/test_cli.py \
-	tests/test_orbax.py tests/test_load.py
+	tests/test_orbax.py tests/test_orbax_refusals.py tests/test_orbax_shardings.py tests/test_orbax_source.py tests/test_load.py
 
 test-lowest: .venv-lowest/test
 	.venv-lowest/bin/pytest $(LOWEST_TESTS)
