@@ -14,6 +14,9 @@ BF16 = ml_dtypes.bfloat16
 TINY = np.finfo(np.float32).tiny
 DTYPES = (np.float32, BF16, np.float16)
 BLOCKS = ((128, 128), (1, 32), (16, 16), (8, 24))
+MINIMAX, BLOCK = [(192, 384), (384, 192), (768, 384), (128, 384), (384, 768)], (16, 16)
+"""The published matrices, sides and blocks divided by eight: 192 rows over 8 ranks are 24, as 1536 over 8 are 192."""
+
 ALL_CODES = np.arange(256, dtype=np.uint8)
 FINITE = ALL_CODES[(ALL_CODES & 0x7F) != 0x7F]
 CALLS = pytest.mark.parametrize("call", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -80,3 +83,9 @@ def random_floats(rng, count):
         .astype(np.uint32)
         .view(np.float32)
     )
+
+
+def random_matrix(rng, shape, block):
+    """Codes and scales of one matrix."""
+    grid = tuple(-(-size // side) for size, side in zip(shape, block, strict=True))
+    return random_codes(rng, shape), rng.lognormal(-8, 1, grid).astype(np.float32)

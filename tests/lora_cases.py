@@ -1,8 +1,15 @@
 """Random LoRA adapters, and names of theirs."""
 
+import warnings
+
 import helpers
 import numpy as np
+import torch
 from helpers import F32
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import transformers
 
 EXPERTS, HIDDEN, INTER, RANK, LAYERS = 4, 16, 12, 3, 2
 CFG = helpers.config(
@@ -44,3 +51,13 @@ def random_lora(names=HUB, *, prefix=PEFT + "model.", shared=True, cfg=CFG, dtyp
 
 def keys_of(error):
     return {problem.key for problem in error.value.problems}
+
+
+def tiny_model(dtype=torch.float32):
+    """transformers' model of `CFG`, always the same random one."""
+    raw = {**CFG.replace(weight_block_size=None).to_dict(), "bos_token_id": 0, "eos_token_id": 1}
+    raw.pop("torch_dtype")
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**raw)).to(dtype)

@@ -1,12 +1,17 @@
 """Tensors of a rank: its pieces of what NeMo AutoModel makes of a checkpoint in one process."""
 
+import contextlib
 import functools
+import math
 
+import torch.distributed as dist
 from helpers import config as config_of
 from nemo_oracle import assert_same, nemo_adapter
 from nemo_oracle import checkpoint as random_checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 REPLICATE = Replicate()
 
@@ -31,6 +36,18 @@ def reference(cfg):
 
 def mesh_of(**dims):
     return init_device_mesh("cpu", tuple(dims.values()), mesh_dim_names=tuple(dims))
+
+
+@contextlib.contextmanager
+def rank_of(rank, **dims):
+    """A mesh as one of its ranks sees it, without the others: it cannot communicate."""
+    _clear_sharding_prop_cache()  # what torch remembers of operations on DTensors is of the rank that came before
+    sizes = tuple(dims.values())
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=math.prod(sizes))
+    try:
+        yield mesh_of(**dims)
+    finally:
+        dist.destroy_process_group()
 
 
 def is_expert(name):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import BF16, F32, FP8, SUFFIX, bits, differences, random_hf
-from lora_cases import CFG, EXPERTS, HIDDEN, LAYERS, MLP, PEFT, RANK, W1, keys_of, random_lora
+from lora_cases import CFG, EXPERTS, HIDDEN, LAYERS, MLP, PEFT, RANK, W1, keys_of, random_lora, tiny_model
 from safetensors.numpy import save_file
 from torch_helpers import in_numpy, in_torch, to_numpy
 
@@ -19,19 +19,9 @@ from minimax_jax.lora import from_param_wrapper, group_lora, merge_lora, to_para
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
-    import transformers
 
 
 # --- beside PEFT ----------------------------------------------------------------------------------------------------
-
-
-def tiny_model(dtype=torch.float32):
-    raw = {**CFG.replace(weight_block_size=None).to_dict(), "bos_token_id": 0, "eos_token_id": 1}
-    raw.pop("torch_dtype")
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**raw)).to(dtype)
 
 
 def weights_of(model):

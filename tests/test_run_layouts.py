@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 from helpers import BF16, config, differences, random_hf
+from layout_cases import WANT as TREES
 from orbax.checkpoint import v1
 from safetensors.torch import load_file
-from test_layouts import WANT as TREES
 
 import minimax_jax as mj
 from minimax_jax.errors import JobError, LayoutError

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from adapter_cases import DOWN, GATE_UP, LAYER, MOE, SCALE, UNKNOWN, W1, Q
+from fp8_cases import random_matrix
 from helpers import config
 from nemo_oracle import assert_same, checkpoint, differences, nemo_adapter, our_adapter
-from test_torch_fp8 import random_matrix
-from test_torch_mesh import rank_of
+from rank_tensors import rank_of
 
 import minimax_jax.ops.fp8
 import minimax_jax.ops.host

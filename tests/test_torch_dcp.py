@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as tdcp
 from helpers import BF16, config, native_of, random_hf
 from nemo_oracle import checkpoint, differences, our_adapter
 from plain_modules import module_of
-from test_torch_model import load as load_by_adapter
 from torch_modules import SIZES, logits, nemo, poison, tensors_of
+from torch_modules import load as load_by_adapter
 
 import minimax_jax as mj
 from minimax_jax import synthetic

@@ -3,6 +3,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from fp8_cases import BLOCK, MINIMAX, random_codes, random_matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,21 +12,7 @@ from torch_bridge import fp8
 from torch_bridge.arrays import as_numpy, to_torch
 
 WEIGHTS = [(torch.float32, np.float32), (torch.bfloat16, ml_dtypes.bfloat16), (torch.float16, np.float16)]
-# The published matrices, sides and blocks divided by eight: 192 rows over 8 ranks are 24, as 1536 over 8 are 192.
-MINIMAX = [(192, 384), (384, 192), (768, 384), (128, 384), (384, 768)]
-BLOCK = (16, 16)
 ROUTES = [fp8.dequantize, fp8.dequantize_torch]
-
-
-def random_codes(rng, shape):
-    codes = rng.integers(0, 256, shape, dtype=np.uint8)
-    codes[codes & 0x7F == 0x7F] ^= 1  # no NaN
-    return codes.view(ml_dtypes.float8_e4m3fn)
-
-
-def random_matrix(rng, shape, block):
-    grid = tuple(-(-size // side) for size, side in zip(shape, block, strict=True))
-    return random_codes(rng, shape), rng.lognormal(-8, 1, grid).astype(np.float32)
 
 
 def assert_bits(got, want):

@@ -1,22 +1,17 @@
-from contextlib import contextmanager
-
 import from_hf_ranks
 import numpy as np
 import pytest
 import ranks
 import to_hf_ranks
 import torch
-import torch.distributed as dist
+from fp8_cases import BLOCK, MINIMAX, random_matrix
 from helpers import config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemo_oracle import assert_same, checkpoint, nemo_adapter, our_adapter
-from rank_tensors import distribute, piece
-from test_torch_fp8 import BLOCK, MINIMAX, random_matrix
-from torch.distributed.device_mesh import init_device_mesh
+from rank_tensors import distribute, piece, rank_of
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minimax_jax.errors import LayoutError
 from torch_bridge import fp8, matrices
@@ -36,17 +31,6 @@ def outcomes():
 @pytest.mark.parametrize("world", WORLDS)
 def test_in_several_processes(outcomes, world, name):
     assert outcomes[world][name] == [""] * world
-
-
-@contextmanager
-def rank_of(rank, **dims):
-    """A mesh as one of its ranks sees it, without the others: it cannot communicate."""
-    sizes = tuple(dims.values())
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=torch.Size(sizes).numel())
-    try:
-        yield init_device_mesh("cpu", sizes, mesh_dim_names=tuple(dims))
-    finally:
-        dist.destroy_process_group()
 
 
 @st.composite

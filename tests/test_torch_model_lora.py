@@ -9,7 +9,7 @@ import torch
 from helpers import config, random_hf
 from nemo_oracle import MiniMaxM2StateDictAdapter, checkpoint, differences
 from safetensors.torch import save_file
-from test_torch_model import SIZES, build, load, logits
+from torch_modules import SIZES, build, load, logits
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
