@@ -9,38 +9,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 from folders import SIDECAR, SUFFIX
+from run_cases import RAGGED, SCALED, TINY, hf_names, hf_tree, make
 
 import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.layout.specs import specs
 from minimax_jax.ops.scaled import BlockScaled
 
-TINY = synthetic.TINY
-RAGGED = synthetic.config(
-    layers=2,
-    experts=3,
-    hidden_size=200,
-    intermediate_size=136,
-    vocab_size=70,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=100,
-    rotary_dim=50,
-)
-"""Two blocks along each axis, the second of them ragged. Its four projections have one shape: less to compile."""
-
-SCALED = {"fp8": "F8_E4M3", "bf16": "BF16", "f32": "F32"}
 DTYPE = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 SOURCES = [(layout, dtype) for layout in ("hf", "native") for dtype in ("fp8", "bf16", "f32")]
 TARGETS = [("native", "bf16"), ("native", "f32"), ("native", "fp8"), ("hf", "bf16"), ("hf", "f32"), ("hf-fp8", None)]
 
 
-def hf_tree(config, dtype):
-    return {key: synthetic.values(key, config, scaled=SCALED[dtype]) for key in hf_names(config, dtype)}
-
-
-def hf_names(config, dtype):
-    return [spec.key for spec in specs(config).hf(SCALED[dtype])]
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("made"))
 
 
 def brought_to(native, config, dtype):
@@ -116,15 +99,6 @@ def test_native_bf16_is_what_numpy_makes_of_the_published_formula(tmp_path):
 # --- the same bytes, however the work is cut up ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """An FP8 checkpoint in many files, scales apart from their weights; and the native form that one worker made."""
-    root = tmp_path_factory.mktemp("made")
-    synthetic.synthesize(root / "hf", RAGGED, shard_bytes=50_000)
-    mj.convert(root / "hf", root / "native", shard_bytes=100_000, workers=1)
-    return root
-
-
 def test_the_source_has_scales_in_other_files_than_their_weights(made):
     weight_map = json.loads((made / "hf" / "model.safetensors.index.json").read_bytes())["weight_map"]
     apart = [key for key in weight_map if key + SUFFIX in weight_map and weight_map[key] != weight_map[key + SUFFIX]]
@@ -173,94 +147,6 @@ def test_other_block_sizes_survive_the_trip(tmp_path):
     assert folders.files(tmp_path / "again") == folders.files(tmp_path / "native")
     assert folders.stored(tmp_path / "back") == folders.stored(tmp_path / "hf")
     assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
-
-
-# --- the sidecar -----------------------------------------------------------------------------------------------------
-
-GROUPED = "model.layers.1.mlp.experts.gate_and_up_projs"
-EXPERT = "model.layers.1.block_sparse_moe.experts.2."
-
-
-def change_up_projection(weight):
-    """One number in the half of expert 2 that becomes `w3`."""
-    weight[2, 5, RAGGED.intermediate_size + 3] = 0.0123
-    return weight
-
-
-def test_the_sidecar_holds_the_source_scales_grouped(made):
-    source = folders.arrays(made / "hf")
-    config = RAGGED.replace(weight_block_size=(128, 128))
-    expected = folders.described(mj.source_scales(source, config))
-    sidecar = folders.library_reads((made / "native" / SIDECAR).read_bytes())
-    assert sidecar == expected
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "f32"])
-@pytest.mark.parametrize("to", ["hf-fp8", "native"])
-def test_only_the_weight_that_changed_is_quantised_anew(made, tmp_path, to, dtype):
-    mj.convert(made / "hf", tmp_path / "edited", dtype=dtype)
-    folders.edit(tmp_path / "edited", GROUPED, change_up_projection)
-    report = mj.convert(tmp_path / "edited", tmp_path / "out", to=to, dtype="fp8")
-    if to == "native":
-        mj.convert(tmp_path / "out", tmp_path / "hf", to="hf-fp8")
-    got, was = folders.stored(tmp_path / ("out" if to == "hf-fp8" else "hf")), folders.stored(made / "hf")
-    changed = {key for key in was if got[key] != was[key]}
-    weight = EXPERT + "w3.weight"
-    assert weight in changed and changed <= {weight, weight + SUFFIX}
-    assert report.fresh_scales == (weight,)
-    assert report.kept_scales == sum(key.endswith(SUFFIX) for key in was) - 1
-    native = folders.arrays(tmp_path / "edited")[GROUPED][2, :, RAGGED.intermediate_size :].T
-    values, scales = mj.quantize(np.ascontiguousarray(native), block=(128, 128))
-    assert got[weight][2] == np.asarray(values).tobytes() and got[weight + SUFFIX][2] == np.asarray(scales).tobytes()
-
-
-def largest_everywhere(codes):
-    """448 in the first row of every block: the largest code."""
-    floats = codes.float()
-    floats[::128] = 448.0
-    return floats.to(codes.dtype)
-
-
-def test_a_change_that_leaves_the_largest_value_alone_is_named(tmp_path):
-    # The amax / 448 of every block is the source scale exactly: the new scales equal the old ones.
-    synthetic.synthesize(tmp_path / "hf", RAGGED)
-    key = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
-    folders.edit(tmp_path / "hf", key + SUFFIX, lambda scales: scales * 0 + 2.0**-12)
-    folders.edit(tmp_path / "hf", key, largest_everywhere)
-    mj.convert(tmp_path / "hf", tmp_path / "native", dtype="f32")
-
-    def change(weight):
-        weight[0, 1, 1] = 0.7 * 2.0**-12
-        return weight
-
-    folders.edit(tmp_path / "native", "model.layers.0.mlp.experts.down_projs", change)
-    report = mj.convert(tmp_path / "native", tmp_path / "out", to="hf-fp8")
-    assert folders.stored(tmp_path / "out")[key + SUFFIX] == folders.stored(tmp_path / "hf")[key + SUFFIX]
-    assert report.fresh_scales == (key,)
-
-
-def test_native_to_native_keeps_the_sidecar(made, tmp_path):
-    mj.convert(made / "native", tmp_path / "f32", dtype="f32")
-    mj.convert(tmp_path / "f32", tmp_path / "bf16", dtype="bf16", shard_bytes=100_000)
-    assert (tmp_path / "f32" / SIDECAR).read_bytes() == (made / "native" / SIDECAR).read_bytes()
-    assert folders.files(tmp_path / "bf16") == folders.files(made / "native")
-
-
-def test_native_fp8_to_native_bf16_makes_the_same_sidecar(made, tmp_path):
-    mj.convert(made / "hf", tmp_path / "fp8", dtype="fp8")
-    assert not (tmp_path / "fp8" / SIDECAR).exists()
-    mj.convert(tmp_path / "fp8", tmp_path / "bf16", shard_bytes=100_000)
-    assert folders.files(tmp_path / "bf16") == folders.files(made / "native")
-
-
-def test_without_a_sidecar_all_weights_get_fresh_scales(made, tmp_path):
-    shutil.copytree(made / "native", tmp_path / "native")
-    (tmp_path / "native" / SIDECAR).unlink()
-    report = mj.convert(tmp_path / "native", tmp_path / "out", to="hf-fp8")
-    native = mj.from_hf(folders.arrays(made / "hf"), RAGGED)
-    assert folders.stored(tmp_path / "out") == folders.described(mj.to_hf(native, RAGGED, quantization=True))
-    scaled = sorted(key for key in hf_names(RAGGED, "bf16") if key + SUFFIX in hf_names(RAGGED, "fp8"))
-    assert report.fresh_scales == tuple(scaled) and report.kept_scales == 0
 
 
 # --- what stands beside the weights ----------------------------------------------------------------------------------
