@@ -282,7 +282,7 @@ def test_a_loaded_model_computes_what_an_unsharded_one_does(folder, whole, stack
     forward = jax.jit(lambda model, tokens: model(tokens))
     want = forward(MiniMaxForCausalLM(CONFIG, whole("hf-fp8", jnp.float32), dtype=jnp.float32), tokens)
     model = load_model(folder / "hf-fp8", mesh=mesh_of(axes), dtype=jnp.float32, stacked=stacked)
-    np.testing.assert_allclose(forward(model, tokens), want, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(forward(model, tokens), want, rtol=0, atol=5e-6)  # of up to 1.4, 1e-6 was seen
     assert model.model.dtype == jnp.float32
 
 

@@ -89,7 +89,7 @@ def test_peft_loads_the_published_names_as_we_concatenate_them(tmp_path):
 
     merged = merge_lora(weights_of(tiny_model()), group_lora(tree, CFG, concatenate=True), CFG, scaling=5 / RANK)
     for key, weight in weights_of(model.merge_and_unload()).items():
-        np.testing.assert_allclose(np.asarray(merged[key]), weight, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(merged[key]), weight, rtol=1e-6, atol=1e-6)  # no difference was seen
 
 
 def test_peft_runs_a_concatenated_adapter_at_twice_rank_and_alpha():
@@ -98,7 +98,7 @@ def test_peft_runs_a_concatenated_adapter_at_twice_rank_and_alpha():
     model = adapt(tiny_model(), to_param_wrapper(grouped, CFG), r=2 * RANK, lora_alpha=2 * 5)
     merged = merge_lora(weights_of(tiny_model()), grouped, CFG, scaling=5 / RANK)
     for key, weight in weights_of(model.merge_and_unload()).items():
-        np.testing.assert_allclose(np.asarray(merged[key]), weight, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(merged[key]), weight, rtol=1e-6, atol=1e-6)  # no difference was seen
 
 
 # --- merging --------------------------------------------------------------------------------------------------------

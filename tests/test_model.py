@@ -24,7 +24,8 @@ from minimax_jax.models.weights import abstract_weights, check_weights, random_w
 from minimax_jax.synthetic.checkpoint import synthesize
 from minimax_jax.synthetic.sizes import REAL, TINY
 
-TOLERANCE = 1e-4
+TOLERANCE = 2e-5
+"""Of logits up to 7 in float32, which differ by the order of sums alone; 7e-6 was seen."""
 
 SHAPES = {
     "half rotated, 2 query heads a KV head, top 2": {},
@@ -67,7 +68,7 @@ def test_logits_and_router_choices_equal_transformers(changes, tmp_path):
     expected, experts = hf_logits_and_choices(both.hf, tokens)
     assert logits.dtype == jnp.float32
     assert np.abs(expected).max() > 1
-    assert np.abs(logits - expected).max() < TOLERANCE
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(np.sort(chosen, axis=-1), np.sort(experts, axis=-1))
     assert len(np.unique(experts)) > 3
 
@@ -77,7 +78,7 @@ def test_fp8_source_equals_transformers_on_the_dequantised_weights(fp8):
     logits, chosen = logits_and_choices(fp8.model, tokens)
     expected, experts = hf_logits_and_choices(load_hf(fp8.path), tokens)
     assert np.abs(expected).max() > 0.1
-    assert np.abs(logits - expected).max() < TOLERANCE
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(np.sort(chosen, axis=-1), np.sort(experts, axis=-1))
 
 
@@ -88,7 +89,7 @@ def test_fp8_on_device_equals_dequantised(fp8):
     assert len(scaled) == 6 * fp8.config.num_hidden_layers
     logits, chosen = logits_and_choices(fp8.model, tokens)
     expected, experts = logits_and_choices(MiniMaxForCausalLM(fp8.config, native, dtype=jnp.float32), tokens)
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(chosen, experts)
 
 
@@ -100,7 +101,7 @@ def test_bf16_source_equals_transformers(tmp_path):
     tokens = random_ids(3, 17)
     logits, chosen = logits_and_choices(MiniMaxForCausalLM(config, native, dtype=jnp.float32), tokens)
     expected, experts = hf_logits_and_choices(load_hf(tmp_path), tokens)
-    assert np.abs(logits - expected).max() < TOLERANCE
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(np.sort(chosen, axis=-1), np.sort(experts, axis=-1))
 
 
@@ -124,7 +125,7 @@ def test_rotation_equals_transformers_at_far_positions():
     ours = rotate(jnp.asarray(x), *rotary_angles(jnp.asarray(far, jnp.int32), REAL))
     # An angle of 2e5 / 1.27 has 2**-7 between neighbours in float32, and the two may round it differently.
     np.testing.assert_allclose(ours, expected.transpose(1, 2), rtol=0, atol=0.05)
-    np.testing.assert_allclose(ours[:, :3], expected.transpose(1, 2)[:, :3], rtol=0, atol=1e-3)
+    np.testing.assert_allclose(ours[:, :3], expected.transpose(1, 2)[:, :3], rtol=0, atol=3e-4)  # 1000: 2**-14
     np.testing.assert_array_equal(ours[..., REAL.rotary_dim :], x[..., REAL.rotary_dim :])
 
 
@@ -138,7 +139,7 @@ def test_the_bias_chooses_and_does_not_weight():
     np.testing.assert_array_equal(chosen, expected)
     assert (np.sort(expected) != np.sort(np.argsort(-scores, axis=1)[:, :3])).any()
     kept = np.take_along_axis(scores, expected, axis=1)
-    np.testing.assert_allclose(shares, kept / kept.sum(axis=1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(shares, kept / kept.sum(axis=1, keepdims=True), rtol=3e-6)  # 7e-7 was seen
 
 
 def test_no_product_of_float32_is_left_to_hardware_that_rounds_it(tiny):
@@ -164,9 +165,10 @@ def test_experts_equal_the_formula_and_add_up_over_shares_of_them(tokens):
             expected[row] += share * ((gate / (1 + np.exp(-gate)) * up) @ w2[expert])
     x, shares, w1, w2 = (jnp.asarray(array, jnp.float32) for array in (x, shares, w1, w2))
     run = jax.jit(functools.partial(mix, x, jnp.asarray(chosen), shares))
-    np.testing.assert_allclose(run(w1, w2), expected, rtol=1e-4, atol=1e-4)
+    bound = 1e-6 * np.abs(expected).max()  # 1.4e-7 was seen
+    np.testing.assert_allclose(run(w1, w2), expected, rtol=0, atol=bound)
     parts = [run(w1[i : i + 12], w2[i : i + 12], first=i) for i in (0, 12)]
-    np.testing.assert_allclose(parts[0] + parts[1], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(parts[0] + parts[1], expected, rtol=0, atol=bound)
 
 
 def test_paths_shapes_and_dtypes_equal_the_layout():
@@ -270,7 +272,7 @@ def test_gradients_equal_torch(tiny):
     for name, theirs in grads.items():
         ours = own[name.replace("gate_up_proj", "gate_and_up_projs").replace("down_proj", "down_projs")]
         ours = ours.swapaxes(1, 2) if ours.ndim == 3 else ours
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(ours, theirs, rtol=3e-4, atol=3e-7, err_msg=name)  # a quarter of it was seen
     assert len(grads) == len(own)
 
 
@@ -296,5 +298,5 @@ def test_sharded_experts_give_the_same_logits(fp8):
     tokens = random_ids(2, 16, vocab=fp8.config.vocab_size)
     expected, experts = logits_and_choices(fp8.model, tokens)
     logits, chosen = logits_and_choices(sharded, tokens)
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(chosen, experts)

@@ -28,7 +28,7 @@ from minimax_jax.synthetic.sizes import TINY
 
 SIZES = TINY.replace(num_local_experts=8, head_dim=128)
 TOLERANCE = 2e-5
-"""Of logits of about 3 in float32, which differ by the order of sums alone."""
+"""Of logits up to 6 in float32, which differ by the order of sums alone; 6e-6 was seen."""
 
 
 def mesh_of(**axes: int) -> jax.sharding.Mesh:
@@ -116,8 +116,9 @@ def test_gradients_are_those_of_one_device(case):
         expected, got = (np.asarray(x.get_value(), np.float32) for x in (leaf, spread[path]))
         size = np.abs(expected).max()
         assert size > 0
-        # Gradients have the dtype of their weights; sums of roundings of bfloat16 may differ by a few of them.
-        bound = 1e-4 if leaf.get_value().dtype == jnp.float32 else 2.0**-6
+        # Of the largest gradient, as the order of sums differs: 2e-6 was seen in float32. One in bfloat16 may be
+        # rounded to its neighbour, which is 2**-7 away at most; 2**-8.5 was seen.
+        bound = 1e-5 if leaf.get_value().dtype == jnp.float32 else 2.0**-7
         np.testing.assert_allclose(got, expected, rtol=0, atol=bound * size, err_msg=str(path))
 
 
@@ -145,10 +146,11 @@ def test_spread_experts_and_all_their_gradients_are_those_of_one_device(tokens):
         return (mix_spread(x, chosen, shares, gate_and_up, down, spread=spread) * toward).sum()
 
     expected, got = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(*arguments) for f in (plain, apart))
-    np.testing.assert_allclose(got[0], expected[0], rtol=1e-4)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)  # 2.5e-7 was seen, as below of the largest gradient
     for ours, theirs in zip(got[1], expected[1], strict=True):
-        assert np.abs(theirs).max() > 1
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+        size = np.abs(theirs).max()
+        assert size > 1
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * size)
 
 
 def test_experts_run_where_both_of_their_weights_lie():
