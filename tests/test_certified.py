@@ -1,14 +1,11 @@
 """A checkpoint held against an earlier certificate: whatever has changed since is named."""
 
 import json
-import math
 import shutil
 
 import folders
-import ml_dtypes
-import numpy as np
 import pytest
-import torch
+from certified_cases import CONFIG, EMBED, Q_PROJ, make, mismatches
 from command_line import run, run_json
 from folders import SUFFIX
 from hypothesis import HealthCheck, given, settings
@@ -18,26 +15,14 @@ from servers import serving
 
 import minimax_jax as mj
 from minimax_jax import synthetic
-from minimax_jax.dtypes import DTYPES
-from minimax_jax.errors import CheckpointError, FormatError, JobError
-from minimax_jax.jobs.certified import FORMAT, read_certificate, seal
+from minimax_jax.errors import CheckpointError, JobError
+from minimax_jax.jobs.certified import seal
 from minimax_jax.jobs.digests import Digest, overall
-from minimax_jax.jobs.numbers import unusual
-
-CONFIG = synthetic.config(layers=2, experts=3)
-EMBED = "model.embed_tokens.weight"
-Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-    synthetic.synthesize(root / "hf", CONFIG, shard_bytes=300_000)
-    mj.convert(root / "hf", root / "fp8", dtype="fp8")
-    mj.convert(root / "hf", root / "bf16")
-    for name in ("hf", "bf16"):
-        mj.verify(root / name, output=root / f"{name}.json")
-    return root
+    return make(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
@@ -55,10 +40,6 @@ def weights_renamed(folder):
         (folder / name).rename(folder / f"other-{name}")
     renamed = {key: f"other-{name}" for key, name in weight_map.items()}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": renamed}))
-
-
-def mismatches(seen):
-    return {(each.name, each.what) for each in seen.held.mismatches}
 
 
 def test_what_is_unchanged_fits_its_certificate(made, copy):
@@ -239,180 +220,6 @@ def test_what_differs_is_cut_short_counted_and_told_its_cause(made):
     assert "cause: BF16 here, F8_E4M3 in the certificate" in short and "minimax-jax verify FIRST SECOND" in short
 
 
-# --- the certificate itself ------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_one_flipped_bit_in_a_certificate_is_found(made, tmp_path, data):
-    good = (made / "bf16.json").read_bytes()
-    bit = data.draw(st.integers(0, 8 * len(good) - 1))
-    (tmp_path / "c.json").write_bytes(good[: bit // 8] + bytes([good[bit // 8] ^ 1 << bit % 8]) + good[bit // 8 + 1 :])
-    with pytest.raises(FormatError):
-        read_certificate(tmp_path / "c.json")
-
-
-def without(document, *path):
-    *steps, last = path
-    inner = document
-    for step in steps:
-        inner = inner[step]
-    del inner[last]
-
-
-def put(document, value, *path):
-    *steps, last = path
-    inner = document
-    for step in steps:
-        inner = inner[step]
-    inner[last] = value
-
-
-FORGED = {
-    "no options": lambda d: without(d, "options"),
-    "options of another kind": lambda d: put(d, [], "options"),
-    "no checkpoints": lambda d: put(d, [], "checkpoints"),
-    "three checkpoints": lambda d: put(d, d["checkpoints"] * 3, "checkpoints"),
-    "checkpoints of another kind": lambda d: put(d, 5, "checkpoints"),
-    "no tensors": lambda d: without(d, "tensors"),
-    "tensors of another kind": lambda d: put(d, [1], "tensors"),
-    "a tensor without digest": lambda d: without(d, "tensors", EMBED, "sha256"),
-    "a tensor that went": lambda d: without(d, "tensors", EMBED),
-    "a shape that is none": lambda d: put(d, [-1], "tensors", EMBED, "shape"),
-    "a list of no digests": lambda d: put(d, [], "tensors", EMBED),
-    "a path that is no text": lambda d: put(d, 7, "checkpoints", 0, "path"),
-    "a file without size": lambda d: put(d, "x", "checkpoints", 0, "files", "config.json", "bytes"),
-}
-
-
-@pytest.mark.parametrize("case", FORGED)
-def test_a_sealed_certificate_of_a_wrong_form_is_refused(made, tmp_path, case):
-    document = json.loads((made / "bf16.json").read_bytes())
-    FORGED[case](document)
-    document["seal"] = seal(document)
-    (tmp_path / "c.json").write_text(json.dumps(document))
-    with pytest.raises(FormatError, match="form") as caught:
-        mj.verify(made / "bf16", certificate=tmp_path / "c.json")
-    assert caught.value.problems[0].file == str(tmp_path / "c.json")
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "not valid JSON"),
-        (b"[]", "not a JSON object"),
-        (b"{}", "known form"),
-        (json.dumps({"format": FORMAT}).encode(), "seal"),
-        (json.dumps({"format": FORMAT + "0"}).encode(), "known form"),
-        (b'{"format":' + b"[" * 900 + b"]" * 900 + b"}", "known form|not valid JSON"),
-        (b'{"format":"' + FORMAT.encode() + b'","x":' + b"[" * 970 + b"]" * 970 + b"}", "form|seal|not valid JSON"),
-    ],
-)
-def test_what_is_no_certificate_is_refused_before_the_work(made, tmp_path, content, words):
-    (tmp_path / "c.json").write_bytes(content)
-    moments = []
-    with pytest.raises(FormatError, match=words):
-        mj.verify(made / "hf", certificate=tmp_path / "c.json", progress=moments.append)
-    assert not moments
-
-
-def test_a_certificate_says_with_what_it_was_made(made):
-    told = json.loads((made / "hf.json").read_bytes())
-    assert told["versions"]["numpy"] == np.__version__ and told["versions"]["python"].startswith("3.")
-    assert set(told["versions"]) == {"python", "minimax_jax", "jax", "jaxlib", "numpy", "ml_dtypes"}
-    assert told["options"] == {"by": "value", "sample": None} and told["seal"] == seal(told)
-    assert [layer["layer"] for layer in told["layers"]] == [None, 0, 1]
-    files = told["checkpoints"][0]["files"]
-    assert {name: fact["bytes"] for name, fact in files.items()} == {
-        file.name: file.stat().st_size for file in (made / "hf").iterdir()
-    }
-    assert {fact["of"] for name, fact in files.items() if name.endswith(".safetensors")} == {"header"}
-
-
-# --- samples ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_sample_is_always_the_same_part_in_any_layout(made):
-    keys = {}
-    for asked in ("1", "10%", 6, "100%"):
-        parts = [mj.verify(made / name, sample=asked) for name in ("hf", "fp8", "hf")]
-        assert len({tuple(part.checkpoints[0].digests) for part in parts}) == 1
-        keys[asked] = {digest.key for digest in parts[0].checkpoints[0].digests}
-        assert parts[0].sample.entries == {"1": 1, "10%": 3, 6: 6, "100%": 27}[asked] and parts[0].sample.of == 27
-    assert keys["1"] < keys["10%"] < keys[6] < keys["100%"] == set(folders.stored(made / "hf"))
-
-
-def test_a_sample_compares_and_counts_its_part_alone(made):
-    moments = []
-    seen = mj.verify(made / "hf", made / "bf16", sample="20%", progress=moments.append)
-    weights = {comparison.key for comparison in seen.comparisons}
-    assert seen.good and weights == {d.key for d in seen.checkpoints[0].digests if not d.key.endswith(SUFFIX)}
-    assert len(weights) < len(folders.stored(made / "bf16")) and moments[-1].done_bytes == moments[0].total_bytes
-
-
-def test_a_sample_and_a_certificate_meet_in_what_both_know(made, copy, tmp_path):
-    mj.verify(made / "hf", sample=9, output=tmp_path / "nine.json")
-    nine = mj.verify(made / "hf", certificate=tmp_path / "nine.json")
-    four = mj.verify(made / "hf", certificate=tmp_path / "nine.json", sample=4)
-    whole = mj.verify(made / "hf", certificate=made / "hf.json", sample=4)
-    assert nine.good and four.good and whole.good
-    assert (nine.sample.entries, four.sample.entries, whole.sample.entries) == (9, 4, 4)
-    sampled = {digest.key for digest in nine.checkpoints[0].digests}
-    folder = copy("hf")
-    inside = next(key for key in folders.stored(made / "hf") if key in sampled)
-    outside = next(key for key in folders.stored(made / "hf") if key not in sampled)
-    folders.flip_bit(folder, outside, 5)
-    assert not mismatches(mj.verify(folder, certificate=tmp_path / "nine.json")) & {(outside, "sha256")}
-    folders.flip_bit(folder, inside, 5)
-    assert (inside, "sha256") in mismatches(mj.verify(folder, certificate=tmp_path / "nine.json"))
-
-
-@pytest.mark.parametrize("asked", ["0", "0%", "-1", "101%", "1.5", "x", "%", "", "nan%", "inf", "1e3", "٣"])
-def test_samples_that_make_no_sense_are_refused(made, asked):
-    with pytest.raises(JobError, match="no such sample"):
-        mj.verify(made / "hf", sample=asked)
-    run("verify", made / "hf", "--sample", asked, code=2)
-
-
-# --- numbers that a sound checkpoint does not hold -------------------------------------------------------------------
-
-
-def test_unusual_codes_scales_and_floats_are_counted_and_change_nothing(made, copy):
-    folder = copy("hf")
-
-    def codes(weight):
-        weight.view(torch.uint8)[0, :3] = torch.tensor([0x7F, 0xFF, 0x7E], dtype=torch.uint8)
-        return weight
-
-    def scales(values):
-        def change(scale):
-            scale[0, : len(values)] = torch.tensor(values)
-            return scale
-
-        return change
-
-    down = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
-    folders.edit(folder, Q_PROJ, codes)
-    folders.edit(folder, Q_PROJ + SUFFIX, scales([math.inf, math.nan]))
-    folders.edit(folder, down + SUFFIX, lambda scale: torch.tensor([-1e-40, -0.0]).reshape(scale.shape))
-    folders.edit(folder, EMBED, lambda weight: weight.index_fill_(0, torch.tensor([1]), -math.inf))
-    (seen,) = mj.verify(folder).checkpoints
-    assert {(each.key, each.what): each.count for each in seen.unusual} == {
-        (Q_PROJ, "NaN"): 2,
-        (Q_PROJ + SUFFIX, "NaN"): 1,
-        (Q_PROJ + SUFFIX, "infinity"): 1,
-        (down + SUFFIX, "zero scale"): 1,
-        (down + SUFFIX, "subnormal scale"): 1,
-        (down + SUFFIX, "negative scale"): 1,
-        (EMBED, "infinity"): CONFIG.hidden_size,
-    }
-    assert mj.verify(folder, folder, by="bytes").good
-    assert "unusual numbers" in run("verify", folder)[0] and mj.verify(made / "hf").checkpoints[0].unusual == ()
-
-
-# --- on the command line ---------------------------------------------------------------------------------------------
-
-
 def test_exit_codes_and_what_is_shown(made, copy, tmp_path):
     folder = copy("hf")
     stdout, _ = run("verify", folder, "--certificate", made / "hf.json", "-q")
@@ -451,27 +258,3 @@ def test_layers_of_which_the_same_is_to_be_said_are_one_row(made, copy, tmp_path
     assert told["layers"][2]["max_abs"] == told["differences"][0]["max_abs"] > 0
     lines = [line.split() for line in run("verify", made / "hf", folder, code=1)[0].splitlines()]
     assert ["1", "18", "0", "1"] in [line[:4] for line in lines]
-
-
-@pytest.mark.parametrize("at_once", [7, 2**17])
-@pytest.mark.parametrize("name", ["F8_E4M3", "BF16", "F16", "F32"])
-def test_unusual_numbers_are_those_that_numpy_counts(monkeypatch, name, at_once):
-    monkeypatch.setattr("minimax_jax.jobs.numbers._AT_ONCE", at_once)
-    dtype = DTYPES[name]
-    bits = np.random.default_rng(0).integers(0, 256, 6000 * dtype.itemsize, dtype=np.uint8)
-    special = np.array([0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, 1e-40, -1e-40], np.float32)
-    tensor = np.concatenate([bits.view(dtype), special.astype(dtype)]).reshape(4, -1)
-    with np.errstate(invalid="ignore"):  # signalling NaN
-        wide = tensor.astype(np.float64)
-    tiny = ml_dtypes.finfo(dtype).smallest_normal
-    expected = {
-        "NaN": np.isnan(wide).sum(),
-        "infinity": np.isinf(wide).sum(),
-        "zero scale": (wide == 0).sum(),
-        "subnormal scale": ((wide != 0) & (np.abs(wide) < float(tiny))).sum(),
-        "negative scale": (wide < 0).sum(),
-    }
-    kinds = ["NaN", "infinity", *(["zero scale", "subnormal scale", "negative scale"] if name != "F8_E4M3" else [])]
-    found = {each.what: each.count for each in unusual("x", tensor, is_scale=True)}
-    assert found == {kind: expected[kind] for kind in kinds if expected[kind]} and found["NaN"] > 1
-    assert {each.what for each in unusual("x", tensor, is_scale=False)} <= {"NaN", "infinity"}
