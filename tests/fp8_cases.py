@@ -6,6 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import bits
 
 from minimax_jax.ops.fp8 import grid_shape
 
@@ -20,11 +21,6 @@ MINIMAX, BLOCK = [(192, 384), (384, 192), (768, 384), (128, 384), (384, 768)], (
 ALL_CODES = np.arange(256, dtype=np.uint8)
 FINITE = ALL_CODES[(ALL_CODES & 0x7F) != 0x7F]
 CALLS = pytest.mark.parametrize("call", [lambda f: f, jax.jit], ids=["eager", "jit"])
-
-
-def bits(x) -> np.ndarray:
-    x = np.asarray(x)
-    return x.view(f"u{x.dtype.itemsize}")
 
 
 def assert_same_bits(got, expected):

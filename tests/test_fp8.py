@@ -14,11 +14,11 @@ from fp8_cases import (
     DTYPES,
     E4M3,
     assert_same_bits,
-    bits,
     oracle_dequantize,
     random_codes,
     random_scales,
 )
+from helpers import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -15,13 +15,13 @@ from fp8_cases import (
     FINITE,
     TINY,
     assert_same_bits,
-    bits,
     oracle_codes,
     oracle_dequantize,
     oracle_quantize,
     random_floats,
     random_scales,
 )
+from helpers import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params

@@ -10,12 +10,12 @@ import pytest
 from fp8_cases import (
     BF16,
     CALLS,
-    bits,
     oracle_dequantize,
     oracle_quantize,
     random_codes,
     random_scales,
 )
+from helpers import bits
 
 from minimax_jax.errors import NumericError
 from minimax_jax.ops.fp8 import FP8, FP8_MAX, grid_shape, quantize, requantize
