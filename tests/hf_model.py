@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import minimax_jax as mj
 from minimax_jax.io.checkpoint import open_checkpoint
 from minimax_jax.io.reader import Reader
 from minimax_jax.models.minimax import MiniMaxForCausalLM
+from minimax_jax.synthetic import TINY, synthesize
 
 SIZES = {
     "hidden_size": 32,
@@ -98,3 +100,12 @@ def hf_logits_and_choices(hf: MiniMaxM2ForCausalLM, tokens: np.ndarray) -> tuple
     for hook in hooks:
         hook.remove()
     return logits, np.stack(chosen).reshape(len(hooks), *tokens.shape, -1)
+
+
+def read_fp8(path: Path) -> SimpleNamespace:
+    """A synthetic checkpoint, written to `path` and read back: its config, tensors and native tree, and a model."""
+    synthesize(path, TINY)
+    config, tensors = read(path)
+    native = mj.from_hf(tensors, config, dtype=None)
+    model = MiniMaxForCausalLM(config, native, dtype=jnp.float32)
+    return SimpleNamespace(path=path, config=config, tensors=tensors, native=native, model=model)

@@ -17,6 +17,7 @@ RAGGED = synthetic.config(
     rotary_dim=50,
 )
 """Two blocks along each axis, the second of them ragged. Its four projections have one shape: less to compile."""
+
 SCALED = {"fp8": "F8_E4M3", "bf16": "BF16", "f32": "F32"}
 
 

@@ -1,3 +1,5 @@
+"""The model beside transformers' own."""
+
 from __future__ import annotations
 
 import functools
@@ -7,22 +9,17 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import optax
 import pytest
 import torch
-from flax import nnx
-from hf_model import hf_logits_and_choices, load_hf, logits_and_choices, pair, random_hf, random_ids, read
+from hf_model import hf_logits_and_choices, load_hf, logits_and_choices, pair, random_hf, random_ids, read, read_fp8
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RotaryEmbedding, apply_rotary_pos_emb
 
 import minimax_jax as mj
-from minimax_jax.models.assign import assign, native_tree
+from minimax_jax.models.assign import assign
 from minimax_jax.models.attention import rotary_angles, rotate
 from minimax_jax.models.minimax import MiniMaxForCausalLM
 from minimax_jax.models.moe import mix, route
-from minimax_jax.models.parts import Fixed
-from minimax_jax.models.weights import abstract_weights, check_weights, random_weights
-from minimax_jax.synthetic.checkpoint import synthesize
-from minimax_jax.synthetic.sizes import REAL, TINY
+from minimax_jax.synthetic.sizes import REAL
 
 TOLERANCE = 2e-5
 """Of logits up to 7 in float32, which differ by the order of sums alone; 7e-6 was seen."""
@@ -52,12 +49,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fp8(tmp_path_factory):
-    path = tmp_path_factory.mktemp("hf") / "fp8"
-    synthesize(path, TINY)
-    config, tensors = read(path)
-    native = mj.from_hf(tensors, config, dtype=None)
-    model = MiniMaxForCausalLM(config, native, dtype=jnp.float32)
-    return SimpleNamespace(path=path, config=config, tensors=tensors, native=native, model=model)
+    return read_fp8(tmp_path_factory.mktemp("hf") / "fp8")
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
@@ -169,121 +161,6 @@ def test_experts_equal_the_formula_and_add_up_over_shares_of_them(tokens):
     np.testing.assert_allclose(run(w1, w2), expected, rtol=0, atol=bound)
     parts = [run(w1[i : i + 12], w2[i : i + 12], first=i) for i in (0, 12)]
     np.testing.assert_allclose(parts[0] + parts[1], expected, rtol=0, atol=bound)
-
-
-def test_paths_shapes_and_dtypes_equal_the_layout():
-    model = nnx.eval_shape(lambda: MiniMaxForCausalLM(TINY, random_weights(TINY, jax.random.key(0))))
-    expected = mj.specs(TINY).abstract()
-    found = native_tree(model)
-    assert {name: (leaf.shape, leaf.dtype) for name, leaf in found.items()} == {
-        name: (leaf.shape, leaf.dtype) for name, leaf in expected.items()
-    }
-    paths = nnx.to_flat_state(nnx.state(model)).paths
-    assert ("model", "layers", 1, "mlp", "experts", "gate_and_up_projs") in paths
-
-
-def test_weights_go_in_and_come_out_uncopied(fp8):
-    abstract = MiniMaxForCausalLM(TINY, abstract_weights(TINY))
-    weights = jax.tree.map(jnp.asarray, fp8.native)
-    out = native_tree(assign(abstract, weights))
-    assert jax.tree.structure(out) == jax.tree.structure(weights)
-    assert all(a is b for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(weights), strict=True))
-    assert isinstance(native_tree(abstract)["lm_head.weight"], jax.ShapeDtypeStruct)
-
-
-def test_assigning_reports_everything_that_is_wrong(fp8):
-    wrong = dict(fp8.native)
-    first, second = "model.layers.0.", "model.layers.1."
-    del wrong[first + "mlp.gate.weight"]
-    wrong["model.layers.2.mlp.gate.weight"] = np.zeros((4, 256), np.float32)
-    wrong["model.norm.weight"] = np.zeros(255, np.float32)
-    wrong["lm_head.weight"] = np.zeros((264, 256), np.int32)
-    wrong["model.embed_tokens.weight"] = [1.0]
-    wrong[first + "self_attn.q_proj.weight"] = fp8.native[first + "self_attn.q_proj.weight"].values
-    experts = fp8.native[first + "mlp.experts.gate_and_up_projs"]
-    wrong[first + "mlp.experts.gate_and_up_projs"] = mj.BlockScaled(
-        values=experts.values, scale_inv=experts.scale_inv[:, :, :2], parts=1
-    )
-    wrong[second + "mlp.gate.weight"] = mj.BlockScaled.quantize(jnp.ones((4, 256)))
-    with pytest.raises(mj.LayoutError) as caught:
-        assign(fp8.model, wrong)
-    assert {(problem.what, problem.key) for problem in caught.value.problems} == {
-        ("missing tensor", first + "mlp.gate.weight"),
-        ("unexpected tensor", "model.layers.2.mlp.gate.weight"),
-        ("wrong shape", "model.norm.weight"),
-        ("wrong dtype", "lm_head.weight"),
-        ("not an array", "model.embed_tokens.weight"),
-        ("wrong dtype", first + "self_attn.q_proj.weight"),
-        ("wrong blocks of FP8 scales", first + "mlp.experts.gate_and_up_projs"),
-        ("wrong dtype", second + "mlp.gate.weight"),
-    }
-
-
-def test_random_weights_fit_the_layout_in_every_dtype():
-    for scaled in ("F8_E4M3", "BF16", "F32"):
-        weights = jax.eval_shape(functools.partial(random_weights, TINY, scaled=scaled), jax.random.key(0))
-        check_weights(weights, TINY)
-        expected = abstract_weights(TINY, scaled=scaled)
-        assert jax.tree.structure(weights) == jax.tree.structure(expected)
-        assert all(a.dtype == b.dtype for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(expected), strict=True))
-
-
-def loss_of(model, tokens):
-    logits = model(tokens[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-
-def test_gradients_reach_every_weight_and_training_lowers_the_loss(tiny):
-    tokens = random_ids(4, 12)
-    weights = {name: jnp.array(leaf) for name, leaf in tiny.native.items()}
-    model = assign(tiny.model, weights)
-    optimizer = nnx.Optimizer(model, optax.adamw(1e-2, weight_decay=0.1), wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer):
-        loss, grads = nnx.value_and_grad(loss_of)(model, tokens)
-        with jax.numpy_dtype_promotion("standard"):  # optax needs it
-            optimizer.update(model, grads)
-        return loss, grads
-
-    first, grads = step(model, optimizer)
-    leaves = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(grads)}
-    biases = {name for name in weights if name.endswith("e_score_correction_bias")}
-    assert leaves.keys() == weights.keys() - biases
-    for name, leaf in leaves.items():
-        assert np.isfinite(leaf).all(), name
-        assert np.abs(leaf).max() > 0, name
-    losses = [float(step(model, optimizer)[0]) for _ in range(10)]
-    assert losses[-1] < 0.8 * float(first)
-    trained = native_tree(model)
-    for name in biases:
-        np.testing.assert_array_equal(trained[name], tiny.native[name])
-
-
-def test_gradients_equal_torch(tiny):
-    tokens = random_ids(4, 12)
-    tiny.hf.zero_grad()
-    torch_tokens = torch.from_numpy(tokens).long()
-    logits = tiny.hf(torch_tokens[:, :-1]).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch_tokens[:, 1:].flatten()).backward()
-    grads = {name: parameter.grad.numpy() for name, parameter in tiny.hf.named_parameters()}
-    own = nnx.jit(nnx.grad(loss_of))(tiny.model, tokens)
-    own = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(own)}
-    for name, theirs in grads.items():
-        ours = own[name.replace("gate_up_proj", "gate_and_up_projs").replace("down_proj", "down_projs")]
-        ours = ours.swapaxes(1, 2) if ours.ndim == 3 else ours
-        np.testing.assert_allclose(ours, theirs, rtol=3e-4, atol=3e-7, err_msg=name)  # a quarter of it was seen
-    assert len(grads) == len(own)
-
-
-def test_fp8_weights_are_no_parameters_and_the_rest_trains(fp8):
-    tokens = random_ids(2, 12, vocab=fp8.config.vocab_size)
-    grads = nnx.jit(nnx.grad(loss_of))(fp8.model, tokens)
-    found = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(grads)}
-    fixed = {name for name, leaf in fp8.native.items() if isinstance(leaf, mj.BlockScaled) or "bias" in name}
-    assert found.keys() == fp8.native.keys() - fixed
-    assert all(np.abs(leaf.astype(np.float32)).max() > 0 for leaf in found.values())
-    assert len(nnx.to_flat_state(nnx.state(fp8.model, Fixed))) == len(fixed)
 
 
 def test_sharded_experts_give_the_same_logits(fp8):
