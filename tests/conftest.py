@@ -26,6 +26,9 @@ def pytest_configure(config):
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+# Checkpoints that tests of several modules read, and none changes: made once in each worker, when first asked for.
+
+
 @pytest.fixture(scope="session")
 def cfg():
     """The small config of the adapter's tests."""
@@ -36,7 +39,51 @@ def cfg():
 
 @pytest.fixture(scope="session")
 def native(cfg):
-    """The random checkpoint of `cfg` in torch, as NeMo's own adapter makes it native; not to be changed."""
+    """The random checkpoint of `cfg` in torch, as NeMo's own adapter makes it native."""
     from nemo_oracle import checkpoint, nemo_adapter
 
     return nemo_adapter(cfg).from_hf(checkpoint(cfg))
+
+
+@pytest.fixture(scope="session")
+def odd():
+    """A config of sizes that are no multiples of a block, nor are their halves."""
+    from helpers import config
+
+    return config(num_local_experts=4)
+
+
+@pytest.fixture(scope="session")
+def torch_sources(odd, tmp_path_factory):
+    """A folder of checkpoints of `odd` in every form, and their Hugging Face tensors."""
+    from torch_load_cases import write_all
+
+    folder = tmp_path_factory.mktemp("odd")
+    return folder, write_all(folder, odd)
+
+
+@pytest.fixture(scope="session")
+def torch_even(tmp_path_factory):
+    """A checkpoint that NeMo and transformers can both load, and its config."""
+    import folders
+    from helpers import config, random_hf
+    from torch_modules import SIZES
+
+    cfg = config(**SIZES)
+    return folders.write(tmp_path_factory.mktemp("even") / "fp8", random_hf(cfg), cfg), cfg
+
+
+@pytest.fixture(scope="session")
+def orbax_source(tmp_path_factory):
+    """An FP8 checkpoint in several files; among its tensors, one that is all zeros."""
+    from orbax_cases import synthesize
+
+    return synthesize(tmp_path_factory.mktemp("source") / "hf")
+
+
+@pytest.fixture(scope="session")
+def orbax_written(orbax_source, tmp_path_factory):
+    """`orbax_source` in Orbax: folders by the dtype of its block-scaled weights."""
+    from orbax_cases import write_all
+
+    return write_all(orbax_source, tmp_path_factory.mktemp("written"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import bits
 
-from minimax_jax.ops.fp8 import grid_shape
+from minimax_jax.ops.checks import grid_shape
 
 E4M3 = ml_dtypes.float8_e4m3fn
 BF16 = ml_dtypes.bfloat16

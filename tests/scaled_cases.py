@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from minimax_jax.ops.fp8 import grid_shape
+from minimax_jax.ops.checks import grid_shape
 from minimax_jax.ops.scaled import BlockScaled
 
 E4M3 = ml_dtypes.float8_e4m3fn

@@ -23,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimax_jax.errors import LayoutError
-from minimax_jax.ops.fp8 import dequantize, grid_shape
+from minimax_jax.ops.checks import grid_shape
+from minimax_jax.ops.fp8 import dequantize
 
 
 @CALLS

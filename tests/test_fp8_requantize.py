@@ -18,7 +18,8 @@ from fp8_cases import (
 from helpers import bits
 
 from minimax_jax.errors import NumericError
-from minimax_jax.ops.fp8 import FP8, FP8_MAX, grid_shape, quantize, requantize
+from minimax_jax.ops.checks import grid_shape
+from minimax_jax.ops.fp8 import FP8, FP8_MAX, quantize, requantize
 
 
 @CALLS

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax import export
 
+from minimax_jax.ops.checks import grid_shape
 from minimax_jax.ops.experts import group, ungroup
-from minimax_jax.ops.fp8 import FP8, dequantize, grid_shape, quantize, requantize
+from minimax_jax.ops.fp8 import FP8, dequantize, quantize, requantize
 from minimax_jax.ops.scaled import BlockScaled, dequantize_grouped, group_scaled, ungroup_scaled
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

@@ -6,24 +6,13 @@ import sys
 
 import folders
 import pytest
-from orbax_cases import BIAS, GATE_UP, expected, synthesize, write_all
+from orbax_cases import BIAS, GATE_UP, expected
 
 import minimax_jax as mj
 from minimax_jax.errors import ConfigError, FormatError, JobError, LayoutError, NumericError
 from minimax_jax.jobs.orbax import read, save, write
 from minimax_jax.jobs.source import open_source
 from minimax_jax.ops.scaled import BlockScaled
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return synthesize(tmp_path_factory.mktemp("source") / "hf")
-
-
-@pytest.fixture(scope="module")
-def written(source, tmp_path_factory):
-    return write_all(source, tmp_path_factory.mktemp("written"))
-
 
 # ---- refusals
 
@@ -36,40 +25,40 @@ def written(source, tmp_path_factory):
         ({"max_memory_bytes": 10**8}, r"at least \d"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_anything_is_written(source, tmp_path, options, told):
+def test_what_cannot_be_done_is_refused_before_anything_is_written(orbax_source, tmp_path, options, told):
     with pytest.raises(JobError, match=told):
-        write(open_source(source), tmp_path / "out", **options)
+        write(open_source(orbax_source), tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_destination_that_is_taken_is_left_alone(source, tmp_path):
+def test_a_destination_that_is_taken_is_left_alone(orbax_source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(JobError, match="not an empty folder"):
-        write(open_source(source), tmp_path / "out")
+        write(open_source(orbax_source), tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
     with pytest.raises(JobError, match="exists"):
-        save(expected(source, "BF16"), mj.MiniMaxConfig.from_pretrained(source), tmp_path / "out")
+        save(expected(orbax_source, "BF16"), mj.MiniMaxConfig.from_pretrained(orbax_source), tmp_path / "out")
 
 
-def test_a_failure_leaves_nothing_behind(source, tmp_path):
-    mj.convert(source, tmp_path / "native", dtype="bf16")
+def test_a_failure_leaves_nothing_behind(orbax_source, tmp_path):
+    mj.convert(orbax_source, tmp_path / "native", dtype="bf16")
     folders.edit(tmp_path / "native", GATE_UP, lambda tensor: tensor * float("nan"))
     with pytest.raises(NumericError, match=r"layers\.0\."):
         write(open_source(tmp_path / "native"), tmp_path / "out", dtype="F8_E4M3")
     assert [file.name for file in tmp_path.iterdir()] == ["native"]
 
 
-def test_without_orbax_the_extra_is_named(source, tmp_path, monkeypatch):
+def test_without_orbax_the_extra_is_named(orbax_source, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(JobError, match=r"pip install 'minimax_jax\[orbax\]'"):
-        write(open_source(source), tmp_path / "out")
+        write(open_source(orbax_source), tmp_path / "out")
     with pytest.raises(JobError, match="not installed"):
         read(tmp_path / "out")
 
 
-def test_a_tree_that_is_not_the_configs_is_not_saved(source, tmp_path):
-    config, tree = mj.MiniMaxConfig.from_pretrained(source), expected(source, "F8_E4M3")
+def test_a_tree_that_is_not_the_configs_is_not_saved(orbax_source, tmp_path):
+    config, tree = mj.MiniMaxConfig.from_pretrained(orbax_source), expected(orbax_source, "F8_E4M3")
     with pytest.raises(LayoutError, match="missing tensor"):
         save({key: leaf for key, leaf in tree.items() if key != BIAS}, config, tmp_path / "out")
     leaf = tree[GATE_UP]
@@ -115,8 +104,8 @@ def shorten(file):
         (lambda folder: folders.edit_json(folder / "config.json", vocab_size=77), LayoutError, "embed_tokens"),
     ],
 )
-def test_a_damaged_folder_is_a_named_error(written, tmp_path, litter, damage, error, told):
-    folder = shutil.copytree(written / "F8_E4M3", tmp_path / "out")
+def test_a_damaged_folder_is_a_named_error(orbax_written, tmp_path, litter, damage, error, told):
+    folder = shutil.copytree(orbax_written / "F8_E4M3", tmp_path / "out")
     damage(folder)
     with pytest.raises(error, match=told):
         read(folder)
@@ -125,8 +114,8 @@ def test_a_damaged_folder_is_a_named_error(written, tmp_path, litter, damage, er
 # ---- comparison with safetensors
 
 
-def test_a_missing_chunk_is_damage_and_no_zeros(source, written, tmp_path):
-    folder = shutil.copytree(written / "BF16", tmp_path / "out")
+def test_a_missing_chunk_is_damage_and_no_zeros(orbax_source, orbax_written, tmp_path):
+    folder = shutil.copytree(orbax_written / "BF16", tmp_path / "out")
     lose(chunk_of(folder, BIAS))
     with pytest.raises(FormatError, match="e_score_correction_bias"):
-        mj.verify(folder, source)
+        mj.verify(folder, orbax_source)

@@ -4,23 +4,12 @@ import jax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from orbax_cases import BIAS, GATE_UP, SUFFIX, assert_same, expected, mesh, synthesize, write_all
+from orbax_cases import BIAS, GATE_UP, SUFFIX, assert_same, expected, mesh
 
 import minimax_jax as mj
 from minimax_jax.errors import LayoutError
 from minimax_jax.jobs.orbax import read, save
 from minimax_jax.ops.scaled import BlockScaled
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return synthesize(tmp_path_factory.mktemp("source") / "hf")
-
-
-@pytest.fixture(scope="module")
-def written(source, tmp_path_factory):
-    return write_all(source, tmp_path_factory.mktemp("written"))
-
 
 # ---- shardings
 
@@ -43,10 +32,10 @@ def sharded(tree, over, *, rows=None, cols=None):
 
 @pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3"])
 @pytest.mark.parametrize("sizes", [(8, 1), (2, 4)])
-def test_it_is_read_onto_a_mesh(source, written, dtype, sizes):
-    want = expected(source, dtype)
+def test_it_is_read_onto_a_mesh(orbax_source, orbax_written, dtype, sizes):
+    want = expected(orbax_source, dtype)
     shardings = sharded(want, mesh(*sizes), rows="expert", cols="fsdp")
-    got = read(written / dtype, shardings=shardings)
+    got = read(orbax_written / dtype, shardings=shardings)
     assert_same(got, want)
     for leaf, own in zip(jax.tree.leaves(got), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding == own
@@ -54,16 +43,16 @@ def test_it_is_read_onto_a_mesh(source, written, dtype, sizes):
     assert shape == (8 // sizes[0], 256, 144 // sizes[1])
 
 
-def test_one_sharding_serves_all(source, written):
+def test_one_sharding_serves_all(orbax_source, orbax_written):
     everywhere = NamedSharding(mesh(4, 2), P())
-    got = read(written / "F8_E4M3", shardings=everywhere)
+    got = read(orbax_written / "F8_E4M3", shardings=everywhere)
     assert all(leaf.sharding == everywhere for leaf in jax.tree.leaves(got))
-    assert_same(got, expected(source, "F8_E4M3"))
+    assert_same(got, expected(orbax_source, "F8_E4M3"))
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3"])
-def test_a_tree_saved_from_one_mesh_is_read_onto_another(source, dtype, tmp_path):
-    config, want = mj.MiniMaxConfig.from_pretrained(source), expected(source, dtype)
+def test_a_tree_saved_from_one_mesh_is_read_onto_another(orbax_source, dtype, tmp_path):
+    config, want = mj.MiniMaxConfig.from_pretrained(orbax_source), expected(orbax_source, dtype)
     placed = jax.device_put(want, sharded(want, mesh(4, 2), rows="expert", cols="fsdp"))
     save(placed, config, tmp_path / "out")
     onto = sharded(want, mesh(2, 4), rows="fsdp")
@@ -71,18 +60,18 @@ def test_a_tree_saved_from_one_mesh_is_read_onto_another(source, dtype, tmp_path
     assert_same(got, want)
     assert jax.tree.leaves(got[GATE_UP])[0].addressable_shards[0].data.shape[0] == 2
     assert_same(read(tmp_path / "out"), want)
-    held = mj.verify(tmp_path / "out", source).comparisons
+    held = mj.verify(tmp_path / "out", orbax_source).comparisons
     assert {found.relation for found in held} == ({"identical"} if dtype == "F8_E4M3" else {"identical", "equal"})
 
 
-def test_shardings_that_are_missing_or_do_not_fit_are_told_at_once(source, written):
+def test_shardings_that_are_missing_or_do_not_fit_are_told_at_once(orbax_source, orbax_written):
     over = mesh(8, 1)
-    shardings = sharded(expected(source, "F8_E4M3"), over)
+    shardings = sharded(expected(orbax_source, "F8_E4M3"), over)
     del shardings[BIAS]
     shardings[GATE_UP] = NamedSharding(over, P())  # and none for its scales
     shardings["model.norm.weight"] = NamedSharding(over, P(None, "expert"))
     with pytest.raises(LayoutError) as caught:
-        read(written / "F8_E4M3", shardings=shardings)
+        read(orbax_written / "F8_E4M3", shardings=shardings)
     found = {problem.key: problem.what for problem in caught.value.problems}
     missing, wrong = "no sharding is given", "sharding does not fit"
     assert found == {BIAS: missing, GATE_UP + SUFFIX: missing, "model.norm.weight": wrong}
@@ -91,6 +80,6 @@ def test_shardings_that_are_missing_or_do_not_fit_are_told_at_once(source, writt
 # ---- as a source like any other
 
 
-def test_it_is_loaded_onto_a_mesh(source, written):
-    loaded = mj.load(written / "F8_E4M3", mesh=mesh(2, 2), dtype=None)
-    assert_same(loaded, expected(source, "F8_E4M3"))
+def test_it_is_loaded_onto_a_mesh(orbax_source, orbax_written):
+    loaded = mj.load(orbax_written / "F8_E4M3", mesh=mesh(2, 2), dtype=None)
+    assert_same(loaded, expected(orbax_source, "F8_E4M3"))

@@ -4,53 +4,42 @@ import shutil
 
 import folders
 import pytest
-from orbax_cases import GATE_UP, SUFFIX, assert_same, expected, synthesize, write_all
+from orbax_cases import GATE_UP, SUFFIX, assert_same, expected
 
 import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.errors import JobError, LayoutError
 from minimax_jax.io import points
 
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return synthesize(tmp_path_factory.mktemp("source") / "hf")
-
-
-@pytest.fixture(scope="module")
-def written(source, tmp_path_factory):
-    return write_all(source, tmp_path_factory.mktemp("written"))
-
-
 # ---- comparison with safetensors
 
 
 @pytest.mark.parametrize(("dtype", "relations"), [("F8_E4M3", {"identical"}), ("BF16", {"identical", "equal"})])
-def test_it_compares_with_the_source(source, written, dtype, relations):
+def test_it_compares_with_the_source(orbax_source, orbax_written, dtype, relations):
     moments = []
-    found = mj.verify(written / dtype, source, progress=moments.append).comparisons
+    found = mj.verify(orbax_written / dtype, orbax_source, progress=moments.append).comparisons
     assert {comparison.key for comparison in found} == {
-        key for key in folders.arrays(source) if not key.endswith(SUFFIX)
+        key for key in folders.arrays(orbax_source) if not key.endswith(SUFFIX)
     }
     assert {comparison.relation for comparison in found} == relations
     assert moments[-1].done_bytes == moments[-1].total_bytes
 
 
-def test_one_flipped_bit_is_found(source, written, tmp_path):
-    folder = shutil.copytree(written / "BF16", tmp_path / "out")
+def test_one_flipped_bit_is_found(orbax_source, orbax_written, tmp_path):
+    folder = shutil.copytree(orbax_written / "BF16", tmp_path / "out")
     file = folder / "state" / GATE_UP / "0.0.0"
     data = bytearray(file.read_bytes())
     data[1] ^= 1  # expert 0, row 0, column 0: of gate
     file.write_bytes(data)
-    found = mj.verify(folder, source).comparisons
+    found = mj.verify(folder, orbax_source).comparisons
     (changed,) = (comparison for comparison in found if comparison.relation == "different")
     assert (changed.key, changed.differing) == ("model.layers.0.block_sparse_moe.experts.0.w1.weight", 1)
 
 
-def test_another_model_is_not_compared(written, tmp_path):
+def test_another_model_is_not_compared(orbax_written, tmp_path):
     synthetic.synthesize(tmp_path / "other", synthetic.config(layers=2, experts=8))
     with pytest.raises(LayoutError, match="num_hidden_layers"):
-        mj.verify(written / "BF16", tmp_path / "other")
+        mj.verify(orbax_written / "BF16", tmp_path / "other")
 
 
 # ---- as a source like any other
@@ -59,16 +48,16 @@ def test_another_model_is_not_compared(written, tmp_path):
 @pytest.mark.parametrize(
     ("stored", "to", "dtype"), [("F8_E4M3", "hf-fp8", "fp8"), ("BF16", "hf", "bf16"), ("F8_E4M3", "native", "bf16")]
 )
-def test_it_converts_to_what_the_native_folder_converts_to(source, written, tmp_path, stored, to, dtype):
-    mj.convert(source, tmp_path / "native", dtype={"F8_E4M3": "fp8", "BF16": "bf16"}[stored])
-    for name, start in (("ours", written / stored), ("theirs", tmp_path / "native")):
+def test_it_converts_to_what_the_native_folder_converts_to(orbax_source, orbax_written, tmp_path, stored, to, dtype):
+    mj.convert(orbax_source, tmp_path / "native", dtype={"F8_E4M3": "fp8", "BF16": "bf16"}[stored])
+    for name, start in (("ours", orbax_written / stored), ("theirs", tmp_path / "native")):
         mj.convert(start, tmp_path / name, to=to, dtype=dtype)
     ours, theirs = folders.files(tmp_path / "ours"), folders.files(tmp_path / "theirs")
     assert ours == theirs
 
 
-def test_work_of_a_source_that_was_changed_is_refused(written, tmp_path, monkeypatch):
-    folder = shutil.copytree(written / "BF16", tmp_path / "in")
+def test_work_of_a_source_that_was_changed_is_refused(orbax_written, tmp_path, monkeypatch):
+    folder = shutil.copytree(orbax_written / "BF16", tmp_path / "in")
     seen = []
 
     def stop(name):
@@ -85,7 +74,7 @@ def test_work_of_a_source_that_was_changed_is_refused(written, tmp_path, monkeyp
         mj.convert(folder, tmp_path / "out", to="hf")
 
 
-def test_it_is_inspected_planned_and_read_as_views(source, written):
-    seen = mj.inspect(written / "F8_E4M3")
-    assert seen.layout == "native" and mj.plan(written / "F8_E4M3", to="hf-fp8").write_bytes
-    assert_same(mj.read_tree(written / "F8_E4M3"), expected(source, "F8_E4M3"))
+def test_it_is_inspected_planned_and_read_as_views(orbax_source, orbax_written):
+    seen = mj.inspect(orbax_written / "F8_E4M3")
+    assert seen.layout == "native" and mj.plan(orbax_written / "F8_E4M3", to="hf-fp8").write_bytes
+    assert_same(mj.read_tree(orbax_written / "F8_E4M3"), expected(orbax_source, "F8_E4M3"))

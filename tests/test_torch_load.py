@@ -11,35 +11,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import config, native_of, random_hf
+from helpers import native_of
 from nemo_oracle import assert_same, checkpoint, differences
-from test_torch_model import load
-from torch_load_cases import BF16, EXPERTS, SOURCES, blank, write_all
-from torch_modules import SIZES, from_transformers, fused_of, logits, module_of, nemo, tensors_of
+from torch_load_cases import BF16, EXPERTS, SOURCES, blank
+from torch_modules import from_transformers, fused_of, load, logits, module_of, nemo, tensors_of
 
 from minimax_jax import synthetic
 from minimax_jax.io.checkpoint import open_checkpoint
 from torch_bridge import load_into
-
-
-@pytest.fixture(scope="module")
-def odd():
-    """Sizes that are no multiples of a block, nor are their halves."""
-    return config(num_local_experts=4)
-
-
-@pytest.fixture(scope="module")
-def sources(odd, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("odd")
-    return folder, write_all(folder, odd)
-
-
-@pytest.fixture(scope="module")
-def even(tmp_path_factory):
-    """A checkpoint that NeMo and transformers can both load."""
-    cfg, folder = config(**SIZES), tmp_path_factory.mktemp("even") / "fp8"
-    return folders.write(folder, random_hf(cfg), cfg), cfg
-
 
 # ---- every form into every form
 
@@ -47,8 +26,8 @@ def even(tmp_path_factory):
 @pytest.mark.parametrize("form", ["native", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_checkpoint_into_every_module(odd, sources, name, dtype, form):
-    folder, hf = sources
+def test_every_checkpoint_into_every_module(odd, torch_sources, name, dtype, form):
+    folder, hf = torch_sources
     through = BF16 if name.endswith("bf16") or dtype == torch.bfloat16 else np.dtype(np.float32)
     want = tensors_of(native_of(hf, odd, through))
     want = {
@@ -64,8 +43,8 @@ def test_every_checkpoint_into_every_module(odd, sources, name, dtype, form):
     assert loaded.tensors == len(want) and loaded.read_bytes == open_checkpoint(folder / name).nbytes
 
 
-def test_nemo_and_transformers_agree_on_what_was_loaded(even):
-    path, cfg = even
+def test_nemo_and_transformers_agree_on_what_was_loaded(torch_even):
+    path, cfg = torch_even
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     want = logits(theirs)
     by_adapter, streamed = load(nemo(cfg), checkpoint(cfg)), nemo(cfg)
@@ -81,17 +60,17 @@ def test_nemo_and_transformers_agree_on_what_was_loaded(even):
 
 
 @pytest.mark.parametrize("kernels", ["numba", "xla"])
-def test_with_and_without_the_kernels(odd, sources, monkeypatch, kernels):
+def test_with_and_without_the_kernels(odd, torch_sources, monkeypatch, kernels):
     monkeypatch.setenv("MINIMAX_JAX_CPU", kernels)
-    folder, hf = sources
+    folder, hf = torch_sources
     want = tensors_of(native_of(hf, odd, np.float32))
     module = module_of(blank(want))
     load_into(module, folder / "hf-fp8", workers=1)
     assert differences(module.state_dict(), want) == []
 
 
-def test_names_without_prefix_and_one_file(odd, sources, tmp_path):
-    _, hf = sources
+def test_names_without_prefix_and_one_file(odd, torch_sources, tmp_path):
+    _, hf = torch_sources
     bare = {key.removeprefix("model."): array for key, array in hf.items()}
     want = tensors_of(native_of(hf, odd, np.float32))
     module = module_of(blank(want))
@@ -102,8 +81,8 @@ def test_names_without_prefix_and_one_file(odd, sources, tmp_path):
 # ---- dtypes
 
 
-def test_float16_holds_dequantised_weights(odd, sources):
-    folder, hf = sources
+def test_float16_holds_dequantised_weights(odd, torch_sources):
+    folder, hf = torch_sources
     want = tensors_of(native_of(hf, odd, np.float32))
     module = module_of(
         {k: torch.empty_like(t, dtype=torch.float16 if k.endswith("_projs") else t.dtype) for k, t in want.items()}
@@ -116,8 +95,8 @@ def test_float16_holds_dequantised_weights(odd, sources):
 # ---- strictness
 
 
-def test_small_pieces_give_the_same(odd, sources, monkeypatch):
-    folder, hf = sources
+def test_small_pieces_give_the_same(odd, torch_sources, monkeypatch):
+    folder, hf = torch_sources
     want = tensors_of(native_of(hf, odd, np.float32))
     monkeypatch.setattr("torch_bridge.load._PIECE_BYTES", 2**17)  # some rows, one expert
     for form in (want, fused_of(want)):

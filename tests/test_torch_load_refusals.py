@@ -8,7 +8,7 @@ import torch
 import transformers
 from helpers import config, native_of, random_hf
 from nemo_oracle import differences
-from torch_load_cases import ATTENTION, BF16, blank, write_all
+from torch_load_cases import ATTENTION, BF16, blank
 from torch_modules import SIZES, count_reads, from_transformers, logits, module_of, nemo, tensors_of
 
 from minimax_jax.errors import FormatError, JobError, LayoutError
@@ -16,27 +16,8 @@ from minimax_jax.io.checkpoint import open_checkpoint
 from torch_bridge import load_into
 
 
-@pytest.fixture(scope="module")
-def odd():
-    """Sizes that are no multiples of a block, nor are their halves."""
-    return config(num_local_experts=4)
-
-
-@pytest.fixture(scope="module")
-def sources(odd, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("odd")
-    return folder, write_all(folder, odd)
-
-
-@pytest.fixture(scope="module")
-def even(tmp_path_factory):
-    """A checkpoint that NeMo and transformers can both load."""
-    cfg, folder = config(**SIZES), tmp_path_factory.mktemp("even") / "fp8"
-    return folders.write(folder, random_hf(cfg), cfg), cfg
-
-
-def test_what_would_be_rounded_needs_permission(even):
-    path, cfg = even
+def test_what_would_be_rounded_needs_permission(torch_even):
+    path, cfg = torch_even
     module = from_transformers(cfg, torch.bfloat16)
     with pytest.raises(LayoutError, match="would be rounded") as caught:
         load_into(module, path)
@@ -51,8 +32,8 @@ def test_what_would_be_rounded_needs_permission(even):
     assert differences(module.state_dict(), theirs.state_dict()) == []
 
 
-def test_everything_that_does_not_fit_is_in_one_error(odd, sources):
-    folder, hf = sources
+def test_everything_that_does_not_fit_is_in_one_error(odd, torch_sources):
+    folder, hf = torch_sources
     want = blank(tensors_of(native_of(hf, odd, BF16)))
     del want["model.norm.weight"]
     want["model.layers.0.mlp.shared"] = torch.zeros(3)
@@ -75,8 +56,8 @@ def test_everything_that_does_not_fit_is_in_one_error(odd, sources):
     assert want["lm_head.weight"].isnan().all()  # nothing was written
 
 
-def test_a_stage_of_a_pipeline_lacks_tensors(odd, sources, monkeypatch):
-    folder, hf = sources
+def test_a_stage_of_a_pipeline_lacks_tensors(odd, torch_sources, monkeypatch):
+    folder, hf = torch_sources
     stage = {k: t for k, t in tensors_of(native_of(hf, odd, BF16)).items() if ".layers.1." in k}
     module = module_of(blank(stage))
     with pytest.raises(LayoutError, match="no such tensor"):
@@ -102,22 +83,22 @@ def test_tied_weights(tmp_path):
     assert [problem.key for problem in caught.value.problems] == ["lm_head.weight"]
 
 
-def test_weights_that_only_the_module_ties(even):
-    path, cfg = even
+def test_weights_that_only_the_module_ties(torch_even):
+    path, cfg = torch_even
     with pytest.raises(LayoutError, match="one storage for two tensors"):
         load_into(from_transformers(cfg, tie_word_embeddings=True), path)
 
 
-def test_a_budget_below_one_piece(even):
-    path, cfg = even
+def test_a_budget_below_one_piece(torch_even):
+    path, cfg = torch_even
     with pytest.raises(JobError, match="budget too small"):
         load_into(nemo(cfg), path, max_memory_bytes=2**20)
     with pytest.raises(JobError, match="no workers"):
         load_into(nemo(cfg), path, workers=0)
 
 
-def test_a_file_that_shrinks_while_it_is_read(even, tmp_path, monkeypatch):
-    _, cfg = even
+def test_a_file_that_shrinks_while_it_is_read(torch_even, tmp_path, monkeypatch):
+    _, cfg = torch_even
     copy = folders.write(tmp_path / "copy", random_hf(cfg), cfg)
     original = load_into.__globals__["find_homes"]
 

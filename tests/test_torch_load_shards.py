@@ -4,11 +4,11 @@ import pytest
 import ranks
 import storage_ranks
 import torch
-from helpers import config, native_of
+from helpers import native_of
 from nemo_oracle import assert_same, differences
 from rank_tensors import distribute, piece, rank_of
 from torch.distributed.tensor import Replicate, Shard
-from torch_load_cases import ATTENTION, BF16, EXPERTS, blank, write_all
+from torch_load_cases import ATTENTION, BF16, EXPERTS, blank
 from torch_modules import count_reads, fused_of, module_of, poison, tensors_of
 
 from minimax_jax.errors import LayoutError
@@ -20,23 +20,11 @@ WORLDS = (2, 4)
 SCENARIOS = ranks.scenarios(storage_ranks, kind="load")
 
 
-@pytest.fixture(scope="module")
-def odd():
-    """Sizes that are no multiples of a block, nor are their halves."""
-    return config(num_local_experts=4)
-
-
-@pytest.fixture(scope="module")
-def sources(odd, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("odd")
-    return folder, write_all(folder, odd)
-
-
 @pytest.mark.parametrize("form", ["native", "fused"])
 @pytest.mark.parametrize("name", ["hf-fp8", "native-fp8", "native-bf16"])
 @pytest.mark.parametrize("experts", [(Shard(0), Shard(1)), (Shard(2), Shard(1)), (Shard(1), Replicate())])
-def test_any_shard_of_any_form(odd, sources, name, form, experts):
-    folder, hf = sources
+def test_any_shard_of_any_form(odd, torch_sources, name, form, experts):
+    folder, hf = torch_sources
     want = tensors_of(native_of(hf, odd, BF16))
     want = fused_of(want) if form == "fused" else want
     for rank in range(4):
@@ -53,8 +41,8 @@ def test_any_shard_of_any_form(odd, sources, name, form, experts):
 
 
 @pytest.mark.parametrize("dims", [{"ep": 4}, {"ep_shard": 2, "ep": 2}, {"ep_replicate": 2, "ep": 2}])
-def test_plain_tensors_of_a_rank_on_a_mesh(odd, sources, dims):
-    folder, hf = sources
+def test_plain_tensors_of_a_rank_on_a_mesh(odd, torch_sources, dims):
+    folder, hf = torch_sources
     want = tensors_of(native_of(hf, odd, BF16))
     for rank in range(4):
         with rank_of(rank, **dims) as mesh:
@@ -69,8 +57,8 @@ def test_plain_tensors_of_a_rank_on_a_mesh(odd, sources, dims):
                 load_into(wrong, folder / "hf-fp8", mesh)
 
 
-def test_a_rank_reads_its_experts_and_rows_alone(odd, sources, monkeypatch):
-    folder, hf = sources
+def test_a_rank_reads_its_experts_and_rows_alone(odd, torch_sources, monkeypatch):
+    folder, hf = torch_sources
     infos = open_checkpoint(folder / "hf-fp8").tensors
     rows = (ATTENTION + "q_proj.weight", "lm_head.weight")
     want = tensors_of(native_of(hf, odd, BF16))
@@ -94,8 +82,8 @@ def test_a_rank_reads_its_experts_and_rows_alone(odd, sources, monkeypatch):
     assert sum(stop - start for _, start, stop in every) == sum(info.nbytes for info in infos.values())
 
 
-def test_a_native_checkpoint_is_read_by_ranges_too(odd, sources, monkeypatch):
-    folder, hf = sources
+def test_a_native_checkpoint_is_read_by_ranges_too(odd, torch_sources, monkeypatch):
+    folder, hf = torch_sources
     want = tensors_of(native_of(hf, odd, BF16))
     infos = open_checkpoint(folder / "native-bf16").tensors
     with rank_of(3, ep_shard=2, ep=2) as mesh:
@@ -108,8 +96,8 @@ def test_a_native_checkpoint_is_read_by_ranges_too(odd, sources, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def outcomes(sources, tmp_path_factory):
-    folder, _ = sources
+def outcomes(torch_sources, tmp_path_factory):
+    folder, _ = torch_sources
     return {w: ranks.run(w, SCENARIOS, folder, tmp_path_factory.mktemp(f"load{w}")) for w in WORLDS}
 
 

@@ -26,11 +26,6 @@ DOWN = "model.layers.1.mlp.experts.down_projs"
 
 
 @pytest.fixture(scope="module")
-def odd():
-    return config(num_local_experts=4)
-
-
-@pytest.fixture(scope="module")
 def source(odd, tmp_path_factory):
     """An FP8 checkpoint, and its scales."""
     hf = random_hf(odd)
