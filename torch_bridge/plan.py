@@ -85,8 +85,25 @@ def plan(tensors: Mapping[str, Any], sizes: Sizes, experts: Layout | None) -> Pl
         LayoutError: everything that is wrong: FP8 without scales, scales without their weight, experts that are
             misnamed, missing, of a wrong shape or dtype, or of which this rank does not hold what it needs.
     """
-    names = Names(sizes, tensors)
-    stored = {key: describe(value) for key, value in tensors.items() if isinstance(value, torch.Tensor)}
+    stored = _described(tensors)
+    result, entries, problems = _sorted(tensors, Names(sizes, tensors), stored)
+    problems += _clashes(result, entries)
+    problems += (problem for key in result.scaled for problem in _matrix_problems(key, stored, sizes))
+    problems += _half_layers(entries)
+    for entry in entries.values():
+        group, found = _group(entry, tensors, stored, experts)
+        problems += found
+        if group is not None:
+            result.groups.append(group)
+            result.dropped.extend(_not_local(group, tensors))
+    raise_if(problems, LayoutError)
+    return result
+
+
+def _sorted(
+    tensors: Mapping[str, Any], names: Names, stored: Mapping[str, Stored]
+) -> tuple[Plan, dict[str, Entry], list[Problem]]:
+    """The plan but for what groups; the grouped tensors that are to be made, by native name; keys that are neither."""
     result, entries, problems = Plan(), dict[str, Entry](), list[Problem]()
     for key in tensors:
         place = names.hf(key)
@@ -101,17 +118,7 @@ def plan(tensors: Mapping[str, Any], sizes: Sizes, experts: Layout | None) -> Pl
         else:
             kind = result.scaled if _is_scaled(key, stored) else result.kept
             kind[key] = key if place is None else place.entry.native
-    problems += _clashes(result, entries)
-    problems += (problem for key in result.scaled for problem in _matrix_problems(key, stored, sizes))
-    problems += _half_layers(entries)
-    for entry in entries.values():
-        group, found = _group(entry, tensors, stored, experts)
-        problems += found
-        if group is not None:
-            result.groups.append(group)
-            result.dropped.extend(_not_local(group, tensors))
-    raise_if(problems, LayoutError)
-    return result
+    return result, entries, problems
 
 
 def scaled_weights(tensors: Mapping[str, Any], sizes: Sizes) -> list[str]:
@@ -120,7 +127,7 @@ def scaled_weights(tensors: Mapping[str, Any], sizes: Sizes) -> list[str]:
     Raises:
         LayoutError: FP8 without scales, scales without their weight, or scales that do not fit.
     """
-    stored = {key: describe(value) for key, value in tensors.items() if isinstance(value, torch.Tensor)}
+    stored = _described(tensors)
     found = [key for key in tensors if not key.endswith(SCALE_SUFFIX) and _is_scaled(key, stored)]
     problems = [problem for key in tensors if key.endswith(SCALE_SUFFIX) for problem in _orphan(key, tensors)]
     problems += (problem for key in found for problem in _matrix_problems(key, stored, sizes))
@@ -141,10 +148,14 @@ def describe(tensor: torch.Tensor) -> Stored:
     return Stored(TORCH_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
 
 
+def _described(tensors: Mapping[str, Any]) -> dict[str, Stored]:
+    """The tensors among the values of a state dict, which may hold others."""
+    return {key: describe(value) for key, value in tensors.items() if isinstance(value, torch.Tensor)}
+
+
 def _native_problems(entry: Entry, tensor: Any) -> Iterator[Problem]:
     """What is wrong with a grouped native tensor."""
-    stored = {entry.native: describe(tensor)} if isinstance(tensor, torch.Tensor) else {}
-    return EntryCheck(entry, "native", stored).problems()
+    return EntryCheck(entry, "native", _described({entry.native: tensor})).problems()
 
 
 def wrong_experts(names: Names, state_dict: Mapping[str, Any]) -> Iterator[Problem]:

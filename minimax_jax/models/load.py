@@ -93,9 +93,7 @@ def load(
         >>> tree["model.layers.0.mlp.experts.down_projs"].sharding.spec
         P('expert', None, None)
     """
-    source = open_source(path, ignore=ignore, leave_out=leave_out)
-    warn_of(source.left_out)
-    require_own_layout(source)
+    source = _open(path, ignore, leave_out)
     arrays = _arrays(source, mesh, rules, dtype, stacked)
     return _load(source, arrays, max_memory_bytes=max_memory_bytes, workers=workers, progress=progress)
 
@@ -138,12 +136,17 @@ def load_model(
         2
     """
     raise_if(_explicit_axes(mesh), JobError)
-    source = open_source(path, ignore=ignore, leave_out=leave_out)
-    warn_of(source.left_out)
-    require_own_layout(source)
+    source = _open(path, ignore, leave_out)
     arrays = _arrays(source, mesh, rules, dtype, stacked)
     native = _load(source, arrays, max_memory_bytes=max_memory_bytes, workers=workers, progress=progress)
     return MiniMaxForCausalLM(source.config, native, dtype=jnp.bfloat16 if dtype is None else dtype)
+
+
+def _open(path: str | Path, ignore: Collection[str], leave_out: Collection[str]) -> Source:
+    source = open_source(path, ignore=ignore, leave_out=leave_out)
+    warn_of(source.left_out)
+    require_own_layout(source)
+    return source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,16 @@ _WEIGHTS = (np.dtype(np.float32), np.dtype(jnp.bfloat16), np.dtype(np.float16))
 
 
 def grid_shape(shape: tuple[int, ...], block: Block, *, parts: int = 1) -> tuple[int, ...]:
-    """Shape of the scales of a weight; see `minimax_jax.ops.fp8.grid_shape`."""
+    """Shape of the scales of a weight.
+
+    Args:
+        shape: of the weight, [..., rows, cols]; `cols` is a multiple of `parts`.
+        block: rows and columns of one block.
+        parts: equal parts of the last axis, each with its own grid.
+
+    Returns:
+        [..., ceil(rows / block_rows), parts * ceil(cols / parts / block_cols)].
+    """
     *lead, rows, cols = shape
     return (*lead, -(-rows // block[0]), parts * -(-(cols // parts) // block[1]))
 

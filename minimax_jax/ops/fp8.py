@@ -29,6 +29,7 @@ from jax.typing import DTypeLike
 
 from minimax_jax.errors import LayoutError, raise_if
 from minimax_jax.ops import checks
+from minimax_jax.ops.blocks import block_amax, spread
 from minimax_jax.ops.checks import Array, Block, Offset, Start
 from minimax_jax.ops.rounding import (
     CODE_NAN,
@@ -46,20 +47,6 @@ from minimax_jax.ops.rounding import (
 
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0
-
-
-def grid_shape(shape: tuple[int, ...], block: Block, *, parts: int = 1) -> tuple[int, ...]:
-    """Shape of the scales of a weight.
-
-    Args:
-        shape: of the weight, [..., rows, cols]; `cols` is a multiple of `parts`.
-        block: rows and columns of one block.
-        parts: equal parts of the last axis, each with its own grid.
-
-    Returns:
-        [..., ceil(rows / block_rows), parts * ceil(cols / parts / block_cols)].
-    """
-    return checks.grid_shape(shape, block, parts=parts)
 
 
 def dequantize(
@@ -184,7 +171,7 @@ def _start(offset: Start) -> Start:
 def _dequantize(
     values: jax.Array, scale_inv: jax.Array, offset: Offset | None, dtype: np.dtype[Any], block: Block, parts: int
 ) -> jax.Array:
-    return narrow(decode(values) * _spread(scale_inv, values.shape, block, parts, offset or (0, 0)), dtype)
+    return narrow(decode(values) * spread(scale_inv, values.shape, block, parts, offset or (0, 0)), dtype)
 
 
 _dequantize_fixed = jax.jit(_dequantize, static_argnames=("offset", "dtype", "block", "parts"))
@@ -194,14 +181,14 @@ _dequantize_traced = jax.jit(_dequantize, static_argnames=("dtype", "block", "pa
 @partial(jax.jit, static_argnames=("block", "parts"))
 def _quantize_by_amax(x: jax.Array, block: Block, parts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     x = settle(x)
-    scale_inv = scale_of_amax(_block_amax(x, block, parts))
+    scale_inv = scale_of_amax(block_amax(x, block, parts))
     return _encode(x, scale_inv, block, parts), scale_inv, jnp.isnan(scale_inv).any()
 
 
 @partial(jax.jit, static_argnames=("block", "parts"))
 def _quantize_by_scale(x: jax.Array, scale_inv: jax.Array, block: Block, parts: int) -> tuple[jax.Array, jax.Array]:
     x = settle(x)
-    bad = bits_of(_block_amax(x, block, parts)) >= _limit(scale_inv)
+    bad = bits_of(block_amax(x, block, parts)) >= _limit(scale_inv)
     return _encode(x, scale_inv, block, parts), bad.any()
 
 
@@ -210,7 +197,7 @@ def _requantize(
     x: jax.Array, scale_inv: jax.Array, block: Block, parts: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     x = settle(x)
-    derived = scale_of_amax(_block_amax(x, block, parts))
+    derived = scale_of_amax(block_amax(x, block, parts))
     back = _dequantize(_encode(x, scale_inv, block, parts), scale_inv, None, x.dtype, block, parts)
     changed = (bits_of(back) ^ bits_of(x)).max(-2).max(-1) != 0
     kept = ~changed & ~jnp.isnan(derived).any((-2, -1))
@@ -224,7 +211,7 @@ def _encode(x: jax.Array, scale_inv: jax.Array, block: Block, parts: int) -> jax
     scale = jnp.where(limit > 1, scale_inv, np.float32(1.0))
     # The barrier has these computed once a block, not once an element.
     grids = barrier((scale, 1 / significand_of(scale), limit))
-    scale, reciprocal, limit = (_spread(grid, x.shape, block, parts) for grid in grids)
+    scale, reciprocal, limit = (spread(grid, x.shape, block, parts) for grid in grids)
     wide = x.astype(jnp.float32)
     code = nearest_code(jnp.abs(wide), scale, reciprocal)
     code = jnp.where((bits_of(wide) & 0x7FFFFFFF) >= limit, jnp.uint32(CODE_NAN), code)
@@ -237,65 +224,3 @@ def _limit(scale_inv: jax.Array) -> jax.Array:
     exponent = bits_of(scale_inv) & F32_INF
     usable = (exponent >= F32_MIN_NORMAL) & (exponent < F32_INF)
     return jnp.where(usable, jnp.uint32(F32_INF), jnp.uint32(1))
-
-
-def _block_amax(x: jax.Array, block: Block, parts: int) -> jax.Array:
-    """Largest magnitude of each block, float32; NaN or infinity if there is one in it.
-
-    Rows first, since splitting only the row axis costs no change of layout, and what is left is small.
-    """
-    *lead, _, cols = x.shape
-    x = _pad(x, -2, block[0]).reshape(*lead, -1, block[0], cols)
-    size: jax.Array = lax.platform_dependent(x, cpu=_row_amax_by_bits, default=_row_amax)
-    size = _pad(size.reshape(*size.shape[:-1], parts, cols // parts), -1, block[1])
-    size = size.reshape(*size.shape[:-2], -1, block[1]).max(-1)
-    return lax.bitcast_convert_type(size, x.dtype).astype(jnp.float32)
-
-
-def _row_amax(x: jax.Array) -> jax.Array:
-    """Bits of the largest magnitude of each column of blocks.
-
-    Maximum and minimum, because a TPU does not fuse `abs`, or anything else, into the reduction but writes it out.
-    """
-    return bits_of(jnp.abs(jnp.maximum(x.max(-2), -x.min(-2))))
-
-
-def _row_amax_by_bits(x: jax.Array) -> jax.Array:
-    """The same by the bits without the sign, which order numbers, infinity and NaN: XLA's CPU maximum loses NaN."""
-    return (bits_of(x) << 1).max(-2) >> 1
-
-
-def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % multiple)
-    return jnp.pad(x, widths)
-
-
-def _spread(grid: jax.Array, shape: tuple[int, ...], block: Block, parts: int, offset: Offset = (0, 0)) -> jax.Array:
-    """`grid` [..., block rows, block cols] repeated over its blocks; of that, `shape` [..., rows, cols] at `offset`.
-
-    Columns first: the other way round, a TPU writes the repeated grid out at full size, three times.
-    """
-    cols, lead = shape[-1], grid.shape[:-1]
-    if parts == 1:
-        grid = _spread_axis(grid, grid.ndim - 1, cols, block[1], offset[1])
-    else:
-        apart = grid.reshape(*lead, parts, grid.shape[-1] // parts)
-        grid = _spread_axis(apart, grid.ndim, cols // parts, block[1], 0).reshape(*lead, cols)
-    return _spread_axis(grid, grid.ndim - 2, shape[-2], block[0], offset[0])
-
-
-def _spread_axis(grid: jax.Array, axis: int, size: int, block: int, offset: Start) -> jax.Array:
-    """Repeat along one axis. A traced start is met by a choice between neighbours: a dynamic slice would not fuse."""
-    if isinstance(offset, int):
-        first, skip = divmod(offset, block)
-        grid = lax.slice_in_dim(grid, first, first - (-(skip + size) // block), axis=axis)
-        return lax.slice_in_dim(jnp.repeat(grid, block, axis), skip, skip + size, axis=axis)
-    count = -(-size // block)
-    beyond = [(0, count + 1 if a == axis else 0) for a in range(grid.ndim)]
-    grid = jnp.pad(grid, beyond, constant_values=np.float32(np.nan))
-    grid = lax.dynamic_slice_in_dim(grid, offset // block, count + 1, axis)
-    near, far = (jnp.repeat(lax.slice_in_dim(grid, i, i + count, axis=axis), block, axis) for i in (0, 1))
-    position = lax.broadcasted_iota(jnp.int32, near.shape, axis) % block
-    spread = jnp.where(position + offset % block < block, near, far)
-    return lax.slice_in_dim(spread, 0, size, axis=axis)
