@@ -102,6 +102,11 @@ def files(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def converted(folder):
+    """As `files`, without the model card, which says what a conversion was made from."""
+    return {name: content for name, content in files(folder).items() if name != "README.md"}
+
+
 def _metadata(file):
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))

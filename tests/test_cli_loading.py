@@ -11,6 +11,7 @@ import pytest
 import torch
 from command_line import run, run_json
 from torch.distributed.checkpoint import FileSystemReader
+from transformers import MiniMaxM2ForCausalLM
 
 from minimax_jax import synthetic
 from minimax_jax.jobs.loading import how_to_load
@@ -22,6 +23,8 @@ TARGETS = [
     ("hf", None),
     ("hf", "f32"),
     ("hf-fp8", None),
+    ("transformers-v5", None),
+    ("transformers-v5", "f32"),
     ("orbax", None),
     ("orbax", "fp8"),
     ("dcp", None),
@@ -45,12 +48,14 @@ def printed(stdout):
 
 
 @pytest.mark.parametrize(("to", "dtype"), TARGETS)
-def test_the_lines_that_convert_prints_load_what_it_wrote(source, tmp_path, to, dtype):
+def test_the_lines_that_convert_prints_load_what_it_wrote(source, tmp_path, monkeypatch, to, dtype):
+    monkeypatch.setattr(MiniMaxM2ForCausalLM, "_keep_in_fp32_modules_strict", None)  # which the lines may change
     options = ["--to", to, *(["--dtype", dtype] if dtype else [])]
     destination = tmp_path / "it's here"
     lines = printed(run("convert", source, destination, *options)[0])
     assert len(lines) == 3 and str(destination) in "".join(lines).replace("\\", "")
     names: dict[str, object] = {"model": nothing_yet(destination)} if to == "dcp" else {}
+    names["router"] = folders.arrays(source)["model.layers.0.block_sparse_moe.gate.weight"]
     with contextlib.redirect_stderr(io.StringIO()):
         exec("\n".join(lines), names)
     CHECKS[to](names, folders.arrays(source)["model.norm.weight"].astype(np.float32))
@@ -75,6 +80,17 @@ def check_transformers(names, norm):
         assert names["model"](torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+def check_router(names, norm):
+    """The router is as stored, float32; what is not of the model's dtype is the router alone."""
+    check_transformers(names, norm)
+    tensors, dtype = names["model"].state_dict(), names["model"].lm_head.weight.dtype
+    others = {name.rsplit(".", 2)[1] for name, tensor in tensors.items() if tensor.dtype != dtype}
+    assert others == (set() if dtype == torch.float32 else {"gate", "mlp"})  # its weight, and its bias
+    router = tensors["model.layers.0.mlp.gate.weight"]
+    assert router.dtype == torch.float32
+    np.testing.assert_array_equal(router.numpy(), names["router"])
+
+
 def check_torch(names, norm):
     np.testing.assert_array_equal(names["tensors"]["model.norm.weight"].float().numpy(), norm)
     assert all(tensor.any() for name, tensor in names["tensors"].items() if "gate." not in name)
@@ -83,7 +99,8 @@ def check_torch(names, norm):
 CHECKS = {
     "native": check_jax,
     "orbax": check_jax,
-    "hf": check_transformers,
+    "hf": check_router,
+    "transformers-v5": check_router,
     "hf-fp8": check_transformers,
     "dcp": check_torch,
 }

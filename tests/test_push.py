@@ -7,14 +7,17 @@ import sys
 
 import folders
 import pytest
+import torch
 from click.testing import CliRunner
+from command_line import run_json
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from servers import COMMIT, Handler, serving
 
 import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.cli import cli
-from minimax_jax.errors import JobError
+from minimax_jax.errors import JobError, LayoutError
 
 # Of the client, about how it calls the library that it builds on.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -196,6 +199,57 @@ def test_a_certificate_of_a_sample_is_no_ground_to_push(source, hub, tmp_path):
     with pytest.raises(JobError, match="sample"):
         mj.push(tmp_path / "out", REPOSITORY)
     assert hub.requests == []
+
+
+def test_tensors_that_are_left_out_go_up_with_their_files_and_the_report_says_so(source, hub):
+    vision = {"vision.norm.weight": torch.ones(2, 3)}
+    save_file(vision, source / "more.safetensors")
+    index = source / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_bytes())["weight_map"]
+    folders.edit_json(index, weight_map=weight_map | dict.fromkeys(vision, "more.safetensors"))
+    with pytest.raises(LayoutError, match=r"vision\.norm\.weight"):
+        mj.push(source, REPOSITORY)
+    assert hub.requests == []
+    told, _ = run_json("push", source, REPOSITORY, "--leave-out", "vision")
+    assert [part["tensors"] for part in told["left_out"]] == [list(vision)]
+    there = hub.folder / "repository"
+    assert folders.files(there) == folders.files(source) and "more.safetensors" in folders.files(there)
+    assert not vision.keys() & json.loads((there / "certificate.json").read_bytes())["tensors"].keys()
+    assert mj.verify(there, certificate=there / "certificate.json", leave_out=["vision"]).good
+
+
+def test_a_card_of_ours_is_written_anew_and_keeps_what_it_knows(source, hub, tmp_path):
+    mj.convert(source, tmp_path / "native")
+    before = (tmp_path / "native" / "README.md").read_text()
+    pushed = mj.push(tmp_path / "native", REPOSITORY, origin="hf://org/origin")
+    after = (tmp_path / "native" / "README.md").read_text()
+    assert pushed.card and pushed.sha256 in after and 'base_model: "org/origin"' in after
+    made_from = "- made from: a checkpoint in the hf layout, weights in F8_E4M3"
+    assert made_from in before.splitlines() and made_from in after.splitlines()
+    mj.push(tmp_path / "native", REPOSITORY)
+    assert (tmp_path / "native" / "README.md").read_text() == after
+
+
+@pytest.mark.parametrize(
+    "name", ["hf/model.safetensors", "hf/model.safetensors.index.json", "nowhere", "hf://org/tiny"]
+)
+def test_what_is_not_a_folder_is_not_pushed(source, hub, tmp_path, name):
+    path = name if "://" in name else tmp_path / name
+    with pytest.raises(JobError, match="not a folder") as caught:
+        mj.push(path, REPOSITORY)
+    assert caught.value.problems[0].got == str(path) and caught.value.problems[0].remedy
+    assert hub.requests == []
+    assert not {"certificate.json", "README.md"} & folders.files(source).keys()
+
+
+BAD_NAMES = ["na me", "a--b", "-a", "a.", "a.git", "\u00e4", "a" * 100, "a:b"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_that_the_hub_does_not_take_are_refused_before_any_work(source, hub, tmp_path, name):
+    result = convert(source, tmp_path / "native", "--push", f"hf://org/{name}")
+    assert result.exit_code == 3 and "not a name that the hub takes" in result.stderr
+    assert not (tmp_path / "native").exists() and hub.requests == []
 
 
 @pytest.mark.parametrize("url", ["org/name", "hf://name", "hf://org/name@main", "hf://org/name/folder", "s3://a/b"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import folders
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from raw_safetensors import write_file
 from servers import COMMIT, Faults, HubHandler, serving
 
@@ -76,7 +76,7 @@ def cached(tmp_path):
 def test_a_conversion_from_the_hub_is_that_of_the_folder_byte_for_byte(made, server, tmp_path, name):
     mj.convert(made, tmp_path / "near")
     mj.convert(name, tmp_path / "far")
-    assert folders.files(tmp_path / "far") == folders.files(tmp_path / "near")
+    assert folders.converted(tmp_path / "far") == folders.converted(tmp_path / "near")
     assert "tokenizer.json" in folders.files(tmp_path / "far")
     shards = {file.name for file in folders.weight_files(made)}
     assert cached(tmp_path)[0] == (set() if name.endswith("keep=0") else shards)
@@ -109,6 +109,14 @@ def test_the_revision_is_resolved_once(server):
     assert len([path for path in server.requests if path.startswith("/api/")]) == 2
 
 
+def test_cards_name_the_repository_from_step_to_step(server, tmp_path):
+    mj.convert(f"{REPOSITORY}@{COMMIT}?keep=0", tmp_path / "native")
+    mj.convert(tmp_path / "native", tmp_path / "back", to="hf")
+    texts = [(tmp_path / name / "README.md").read_text() for name in ("native", "back")]
+    assert [ModelCard(text).data.base_model for text in texts] == ["org/tiny", "org/tiny"]
+    assert "made from: a checkpoint in the native layout" in texts[1] and COMMIT not in texts[0]
+
+
 def test_offline_the_cache_is_the_source(made, server, tmp_path, monkeypatch):
     mj.convert(REPOSITORY, tmp_path / "near")
     mj.MiniMaxConfig.from_pretrained(REPOSITORY)
@@ -117,7 +125,7 @@ def test_offline_the_cache_is_the_source(made, server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     server.faults = Faults(status=lambda path: 500)
     mj.convert(f"{REPOSITORY}@{COMMIT}", tmp_path / "far")
-    assert folders.files(tmp_path / "far") == folders.files(tmp_path / "near")
+    assert folders.converted(tmp_path / "far") == folders.converted(tmp_path / "near")
     with pytest.raises(FormatError, match="hub does not give this"):
         mj.inspect("hf://org/other")
 
@@ -199,7 +207,7 @@ def test_a_conversion_with_few_shards_on_disk(made, server, tmp_path, monkeypatc
     monkeypatch.setattr("minimax_jax.io.shelf.SMALL_BYTES", 1000)
     mj.convert(made, tmp_path / "near")
     mj.convert(f"{REPOSITORY}?keep=2", tmp_path / "far", workers=3)
-    assert folders.files(tmp_path / "far") == folders.files(tmp_path / "near")
+    assert folders.converted(tmp_path / "far") == folders.converted(tmp_path / "near")
     assert cached(tmp_path) == (set(), 0)
 
 

@@ -144,7 +144,7 @@ def test_other_block_sizes_survive_the_trip(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "native" / "config.json").read_bytes())
     mj.convert(tmp_path / "native", tmp_path / "again", dtype="bf16")
     mj.convert(tmp_path / "again", tmp_path / "back", to="hf-fp8")
-    assert folders.files(tmp_path / "again") == folders.files(tmp_path / "native")
+    assert folders.converted(tmp_path / "again") == folders.converted(tmp_path / "native")
     assert folders.stored(tmp_path / "back") == folders.stored(tmp_path / "hf")
     assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
 
@@ -174,7 +174,7 @@ def test_side_files_are_copied_byte_for_byte_and_nothing_else(made, tmp_path):
     mj.convert(tmp_path / "hf", tmp_path / "out")
     side = {"vocab.txt", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     got, was = folders.files(tmp_path / "out"), {name: (tmp_path / "hf" / name).read_bytes() for name in side}
-    assert set(got) == side | {"config.json", "model.safetensors", SIDECAR}
+    assert set(got) == side | {"README.md", "config.json", "model.safetensors", SIDECAR}
     assert {name: got[name] for name in side} == was
 
 

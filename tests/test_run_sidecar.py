@@ -83,14 +83,14 @@ def test_native_to_native_keeps_the_sidecar(made, tmp_path):
     mj.convert(made / "native", tmp_path / "f32", dtype="f32")
     mj.convert(tmp_path / "f32", tmp_path / "bf16", dtype="bf16", shard_bytes=100_000)
     assert (tmp_path / "f32" / SIDECAR).read_bytes() == (made / "native" / SIDECAR).read_bytes()
-    assert folders.files(tmp_path / "bf16") == folders.files(made / "native")
+    assert folders.converted(tmp_path / "bf16") == folders.converted(made / "native")
 
 
 def test_native_fp8_to_native_bf16_makes_the_same_sidecar(made, tmp_path):
     mj.convert(made / "hf", tmp_path / "fp8", dtype="fp8")
     assert not (tmp_path / "fp8" / SIDECAR).exists()
     mj.convert(tmp_path / "fp8", tmp_path / "bf16", shard_bytes=100_000)
-    assert folders.files(tmp_path / "bf16") == folders.files(made / "native")
+    assert folders.converted(tmp_path / "bf16") == folders.converted(made / "native")
 
 
 def test_without_a_sidecar_all_weights_get_fresh_scales(made, tmp_path):

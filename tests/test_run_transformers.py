@@ -1,6 +1,7 @@
 """Checkpoints that transformers wrote, converted; and what we wrote, loaded by transformers."""
 
 import functools
+import logging
 
 import folders
 import pytest
@@ -8,6 +9,7 @@ import torch
 import transformers
 
 import minimax_jax as mj
+from minimax_jax import synthetic
 
 HIDDEN, INTER, EXPERTS = 256, 72, 5
 """transformers takes size / grid for the size of a block: sizes must be whole blocks, or less than one."""
@@ -89,3 +91,47 @@ def test_transformers_reads_our_fp8_as_we_do(saved, tmp_path, dtype):
         exact = "proj" not in name
         assert torch.equal(got, was) if exact else bool(((got - was).abs() <= step).all()), name
     assert (ours - original).abs().max() > 0
+
+
+class Heard(logging.Handler):
+    """What loggers say, of which pytest hears nothing: transformers' and the hub's do not hand on."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(f"{record.name}: {record.getMessage()}")
+
+
+@pytest.fixture
+def heard():
+    handler, loggers = Heard(), [logging.getLogger(name) for name in ("", "transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    transformers.logging.warning_once.cache_clear()  # what was said before this test counts as well
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)
+    yield handler.messages
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def generates(folder, **options):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False).shape[1] > 3
+
+
+@pytest.mark.parametrize(("to", "dtype"), [("hf", "auto"), ("hf", torch.float32), ("hf-fp8", "auto")])
+def test_outputs_are_loaded_without_a_warning(tmp_path, heard, to, dtype):
+    synthetic.synthesize(tmp_path / "made")
+    mj.convert(tmp_path / "made", tmp_path / "native")
+    mj.convert(tmp_path / "native", tmp_path / "out", to=to)
+    # Without a GPU transformers says that it will dequantise, unless it was told to.
+    told = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)} if to == "hf-fp8" else {}
+    generates(tmp_path / "out", dtype=dtype, **told)
+    assert heard == []
+    folders.edit_json(tmp_path / "out" / "config.json", bos_token_id=10**6)
+    generates(tmp_path / "out", dtype=dtype, **told)
+    assert any("bos_token_id" in message for message in heard)  # so warnings are heard here

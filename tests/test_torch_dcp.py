@@ -87,7 +87,8 @@ def test_torchs_loader_reads_what_was_streamed(sources, tmp_path, source, dtype)
     assert report.tensors == len(folders.stored(like)) and report.destination == tmp_path / "dcp"
     assert moments[-1].done_bytes == moments[-1].total_bytes == report.read_bytes
     assert report.kept_scales == (32 if (source, dtype) == ("bf16", "F8_E4M3") else 0) and report.fresh_scales == ()
-    assert folders.files(tmp_path / "dcp").keys() == {".metadata", "__0_0_0.distcp", "config.json", "tokenizer.json"}
+    beside = {"README.md", "config.json", "tokenizer.json"}
+    assert folders.files(tmp_path / "dcp").keys() == {".metadata", "__0_0_0.distcp", *beside}
     written = mj.MiniMaxConfig.from_pretrained(tmp_path / "dcp")
     assert (written.weight_block_size is None) == (dtype != "F8_E4M3")
 

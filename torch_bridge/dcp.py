@@ -32,13 +32,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from minimax_jax.errors import CheckpointError, FormatError, JobError, LayoutError, Problem, raise_if
-from minimax_jax.io.checkpoint import side_files
 from minimax_jax.io.files import io_errors
 from minimax_jax.io.folder import appearing
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
-from minimax_jax.io.source import copy_file
 from minimax_jax.jobs.budget import peak_bytes, require_workers
+from minimax_jax.jobs.card import add_side_files
 from minimax_jax.jobs.run import Report
 from minimax_jax.jobs.scales import scale_remarks
 from minimax_jax.jobs.source import Source, require_own_layout
@@ -285,8 +284,7 @@ def _require_disk(folder: Path, needed_bytes: int) -> None:
 
 
 def _add_side_files(source: Source, folder: Path, dtype: str) -> None:
-    for file in side_files(source.path):
-        copy_file(file, folder / file.name)
+    add_side_files(source, folder, form="dcp", dtype=dtype)
     block = source.config.block if dtype == "F8_E4M3" else None
     write_json_atomic(folder / _CONFIG, source.config.replace(weight_block_size=block).to_dict())
 

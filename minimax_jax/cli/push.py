@@ -23,6 +23,8 @@ from minimax_jax.console import Output
 @options.private
 @click.option("--origin", metavar="URL", help="What PATH was converted from, for its model card.")
 @options.workers
+@options.ignore
+@options.leave_out
 def push(path: Path, url: str, out: Output, **settings: Any) -> None:
     """Upload the checkpoint PATH with its certificate and a model card, by the token that `hf auth login` has kept."""
     from minimax_jax.jobs import front, report

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from minimax_jax.errors import FormatError, Problem, raise_if
 from minimax_jax.io import orbax, source
+from minimax_jax.io.cards import CARD_NAME, CERTIFICATE_NAME, own_card
 from minimax_jax.io.files import FileState, io_errors
 from minimax_jax.io.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header
 from minimax_jax.io.jsonfile import is_text, parse_object, shown
@@ -29,7 +30,6 @@ _OUT_OF_DCP = (
     "(torch_bridge.dcp.load) and write that (torch_bridge.save_hf)"
 )
 _WEIGHTS = _PICKLES | {SUFFIX, ".gguf", ".h5", ".msgpack", ".onnx"}
-CARD_NAME = "README.md"
 _SIDE_FILES = (
     "LICENSE",
     CARD_NAME,
@@ -102,8 +102,9 @@ def open_checkpoint(path: Location) -> Checkpoint:
 def side_files(path: Location) -> tuple[Location, ...]:
     """The files of a checkpoint folder that go along with the weights, such as those of the tokenizer; sorted.
 
-    Left out are weights of any format, their indexes, config.json, hidden files and sub-folders. One safetensors file
-    has no side files. A web server does not list its files: there, those of the usual names are looked for.
+    Left out are weights of any format, their indexes, config.json, hidden files and sub-folders; and what this package
+    wrote about that folder alone: `certificate.json`, and a model card with its mark. One safetensors file has no side
+    files. A web server does not list its files: there, those of the usual names are looked for.
 
     Raises:
         FormatError: the folder cannot be listed, or files in it are links that are broken or lead out of it.
@@ -116,14 +117,20 @@ def side_files(path: Location) -> tuple[Location, ...]:
     if listed is None:
         usual = [path / name for name in _SIDE_FILES]
         there = _for_each(usual, source.exists)
-        return tuple(file for file, found in zip(usual, there, strict=True) if found)
+        return _traveling(file for file, found in zip(usual, there, strict=True) if found)
     beside = tuple(file for file in listed if _is_side_file(file))
     _for_each(beside, lambda file: source.require_within(file, path))
-    return beside
+    return _traveling(beside)
+
+
+def _traveling(beside: Iterable[Location]) -> tuple[Location, ...]:
+    return tuple(file for file in beside if file.name != CARD_NAME or own_card(file) is None)
 
 
 def _is_side_file(file: Location) -> bool:
-    if file.name == "config.json" or file.name.endswith(".index.json") or file.suffix.lower() in _WEIGHTS:
+    if file.name.endswith(".index.json") or file.suffix.lower() in _WEIGHTS:
+        return False
+    if file.name in ("config.json", CERTIFICATE_NAME):
         return False
     if not isinstance(file, Path):
         return True

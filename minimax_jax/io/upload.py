@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 
 from minimax_jax.errors import JobError, Problem
 
 _SCHEME = "hf://"
+_EXPECTED = "hf://org/name"
+_PLAIN = string.ascii_letters + string.digits + "-_."
 
 
 def repository_of(url: str) -> str:
@@ -18,21 +21,32 @@ def repository_of(url: str) -> str:
     name = url.removeprefix(_SCHEME)
     steps = name.split("/")
     if not url.startswith(_SCHEME) or len(steps) != 2 or not all(steps) or any(mark in name for mark in "@?#"):
-        raise JobError(Problem(what="not a repository to upload to", expected="hf://org/name", got=url))
+        raise JobError(Problem(what="not a repository to upload to", expected=_EXPECTED, got=url))
     return name
 
 
-def require_client() -> None:
-    """Check that the hub's client is installed.
+def is_repository(name: str) -> bool:
+    """Whether text has the form `org/name`, of letters, digits, and `-_.` alone."""
+    steps = name.split("/")
+    return len(steps) == 2 and all(steps) and not name.strip(_PLAIN + "/")
+
+
+def require_repository(repository: str) -> None:
+    """Check that the hub's client is installed, and takes the name `org/name`; nothing is asked of the hub.
 
     Raises:
-        JobError: it is not; the extra is named.
+        JobError: it is not, and the extra is named; or it does not.
     """
     try:
-        import huggingface_hub  # noqa: F401 - only whether it is there
+        from huggingface_hub import errors, utils
     except ImportError as error:
         remedy = "pip install 'minimax_jax[hub]'"
         raise JobError(Problem(what="huggingface_hub is not installed", got=str(error), remedy=remedy)) from error
+    try:
+        utils.validate_repo_id(repository)  # type: ignore[attr-defined] # it is exported, not by __all__
+    except errors.HFValidationError as error:
+        what, got = "not a name that the hub takes", f"{_SCHEME}{repository}: {error}"
+        raise JobError(Problem(what=what, expected=_EXPECTED, got=got)) from error
 
 
 def upload(folder: Path, repository: str, *, private: bool, message: str, remedy: str) -> str:
@@ -51,7 +65,7 @@ def upload(folder: Path, repository: str, *, private: bool, message: str, remedy
     Raises:
         JobError: the hub refuses or cannot be reached, or its client is not installed.
     """
-    require_client()
+    require_repository(repository)
     from huggingface_hub import HfApi, errors
 
     broken: type[Exception] = errors.HTTPError  # type: ignore[attr-defined] # of the library that the client builds on

@@ -184,6 +184,8 @@ def push(
     private: bool = False,
     origin: str | None = None,
     workers: int = DEFAULT_WORKERS,
+    ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Pushed:
     """Upload a finished checkpoint to the hub, with its certificate and a model card; see `jobs.push.push`.
@@ -194,15 +196,35 @@ def push(
         private: make a new repository private.
         origin: what the checkpoint was converted from, for its model card.
         workers: threads.
+        ignore: attributes of config.json to leave unread.
+        leave_out: as in `plan`. All files go up, whole; the certificate does not hold what is left out.
         progress: called as the tensors are read.
 
     Raises:
-        CheckpointError: as `open_source`; JobError where the checkpoint is not what its certificate says, or the upload
-            fails.
+        CheckpointError: as `open_source`; JobError where it is not a folder, the checkpoint is not what its certificate
+            says, or the upload fails.
     """
     from minimax_jax.jobs import push as pushing
 
-    return pushing.push(path, url, private=private, origin=origin, workers=workers, progress=progress)
+    return pushing.push(
+        path,
+        url,
+        private=private,
+        origin=origin,
+        workers=workers,
+        ignore=ignore,
+        leave_out=leave_out,
+        progress=progress,
+    )
+
+
+def certify(
+    path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: Callable[[Progress], None] | None = None
+) -> str:
+    """Read a checkpoint's folder, and leave a certificate and a card that names it there; see `jobs.push.certify`."""
+    from minimax_jax.jobs import push as pushing
+
+    return pushing.certify(open_source(path), Path(path), workers=workers, progress=progress)
 
 
 def verify(

@@ -5,15 +5,27 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from minimax_jax.jobs.front import STORED
+
 _OWN = (
     "import minimax_jax as mj",
     "model = mj.load_model({path}, dtype=None)  # Flax, as stored; mesh=... spreads it over devices",
     "tree = mj.load({path}, dtype=None)  # or the arrays alone, by native name",
 )
 _TRANSFORMERS = (
-    "import torch",
-    "from transformers import AutoModelForCausalLM",
-    "model = AutoModelForCausalLM.from_pretrained({path}, dtype={dtype})",
+    "from transformers import MiniMaxM2ForCausalLM as Model",
+    "Model._keep_in_fp32_modules_strict = ['mlp.gate', 'e_score_correction_bias']  # or the float32 router is rounded",
+    "model = Model.from_pretrained({path}, dtype='auto')",
+)
+_TRANSFORMERS_F32 = (
+    "from transformers import MiniMaxM2ForCausalLM as Model",
+    "# as it is stored; dtype='auto' would round all of it to bfloat16, the dtype of config.json",
+    "model = Model.from_pretrained({path}, dtype='float32')",
+)
+_TRANSFORMERS_FP8 = (
+    "from transformers import MiniMaxM2ForCausalLM as Model",
+    "# where FP8 has to be dequantised, the float32 router is rounded to bfloat16; dtype='float32' rounds nothing",
+    "model = Model.from_pretrained({path}, dtype='auto')",
 )
 _DCP = (
     "from torch_bridge import dcp",
@@ -29,13 +41,17 @@ _MAXTEXT = (
 
 _LINES = {
     **dict.fromkeys(("native", "orbax"), _OWN),
-    **dict.fromkeys(("hf", "hf-fp8", "transformers-v5"), _TRANSFORMERS),
+    **dict.fromkeys(("hf", "transformers-v5"), _TRANSFORMERS),
+    "hf-fp8": _TRANSFORMERS_FP8,
     **dict.fromkeys(("maxtext", "maxtext-unscanned"), _MAXTEXT),
     "dcp": _DCP,
 }
 
-_TORCH = {"f32": "torch.float32"}
-"""dtypes that transformers is asked for, by that of the weights; bfloat16 for all others."""
+_OTHER = {
+    **dict.fromkeys((("hf", "F32"), ("transformers-v5", "F32")), _TRANSFORMERS_F32),
+    **dict.fromkeys((("hf", "F8_E4M3"), ("transformers-v5", "F8_E4M3")), _TRANSFORMERS_FP8),
+}
+"""Lines that are others where the block-scaled weights are of that dtype."""
 
 
 def how_to_load(to: str, dtype: str | None, destination: Path) -> tuple[str, ...]:
@@ -46,5 +62,9 @@ def how_to_load(to: str, dtype: str | None, destination: Path) -> tuple[str, ...
         dtype: of its block-scaled weights, by the name that users give it; None for the target's own.
         destination: the folder.
     """
-    path, wanted = repr(os.path.abspath(destination)), _TORCH.get(dtype or "", "torch.bfloat16")  # noqa: PTH100 - links
-    return tuple(line.format(path=path, dtype=wanted) for line in _LINES.get(to, ()))
+    return lines_to_load(to, STORED.get(dtype or ""), repr(os.path.abspath(destination)))  # noqa: PTH100 - links
+
+
+def lines_to_load(to: str, dtype: str | None, path: str) -> tuple[str, ...]:
+    """As `how_to_load`, with the dtype by format name, and the folder as a Python expression."""
+    return tuple(line.format(path=path) for line in _OTHER.get((to, dtype or ""), _LINES.get(to, ())))

@@ -25,12 +25,11 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from minimax_jax.errors import LayoutError, Problem, raise_if
 from minimax_jax.io import orbax
-from minimax_jax.io.checkpoint import side_files
 from minimax_jax.io.folder import appearing, workshop_of
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.orbax import Rows
-from minimax_jax.io.source import copy_file
+from minimax_jax.jobs.card import add_side_files
 from minimax_jax.jobs.left_out import require_found, warn_of
 from minimax_jax.jobs.orbax_plan import OrbaxPlan, plan
 from minimax_jax.jobs.orbax_source import open_orbax
@@ -88,8 +87,7 @@ def write(
         folder.rmdir()  # Orbax makes it
         orbax.lay_out(folder, planned.specs, chunks=planned.chunks, nest=nest if layout in NESTED else dict)
         kept, fresh = _work(planned, folder, ticker)
-        for file in side_files(source.path):
-            copy_file(file, folder / file.name)
+        add_side_files(source, folder, form="orbax" if layout == "native" else layout, dtype=dtype)
         write_json_atomic(folder / CONFIG_NAME, planned.config.to_dict())
     return Report(
         destination=destination,

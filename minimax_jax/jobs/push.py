@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from minimax_jax.errors import JobError, Problem
-from minimax_jax.io.checkpoint import CARD_NAME
+from minimax_jax.io.cards import CARD_NAME, CERTIFICATE_NAME
 from minimax_jax.io.jsonfile import write_text_atomic
-from minimax_jax.io.upload import repository_of, require_client, upload
+from minimax_jax.io.upload import repository_of, require_repository, upload
+from minimax_jax.jobs.card import certified_card
 from minimax_jax.jobs.certificate import write_certificate
 from minimax_jax.jobs.certified import read_certificate
+from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.source import Source, open_source
 from minimax_jax.jobs.verification import Digested
 from minimax_jax.jobs.verify import verify
 from minimax_jax.progress import Progress
-
-CERTIFICATE_NAME = "certificate.json"
-_HUB = "hf://"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +29,24 @@ class Pushed:
         folder: the checkpoint.
         commit: URL of the commit.
         sha256: digest of all its tensors, as in its certificate.
-        card: whether a model card was written, for want of one.
+        card: whether the model card is of our making, and was written.
+        left_out: tensors in its files that are not the model's: they went up, and the certificate does not hold them.
     """
 
     folder: Path
     commit: str
     sha256: str
     card: bool
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def require_pushable(url: str) -> None:
     """Check that something can be uploaded to `url` at all, before the long work of which it is the end.
 
     Raises:
-        JobError: not `hf://org/name`, or the hub's client is not installed.
+        JobError: not `hf://org/name`, a name that the hub does not take, or its client is not installed.
     """
-    repository_of(url)
-    require_client()
+    require_repository(repository_of(url))
 
 
 def push(
@@ -57,12 +56,16 @@ def push(
     private: bool = False,
     origin: str | None = None,
     workers: int = 2,
+    ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Pushed:
     """Upload a finished checkpoint with its certificate and a model card, as one commit.
 
     All of its tensors are read first. Where `certificate.json` lies beside them they are held against it, byte for
-    byte; else it is written. Where there is no README.md a short one is written; one that is there stays as it is.
+    byte; else it is written. A model card is written where there is none, and where there is one that minimax_jax
+    wrote; what somebody else wrote stays as it is. All files of the folder go up, whole: tensors that were left out
+    are in them, and not in the certificate.
 
     Args:
         path: a checkpoint's folder.
@@ -70,62 +73,57 @@ def push(
         private: make a new repository private.
         origin: what the checkpoint was converted from; the card names it where it is a repository of the hub.
         workers: threads that read.
+        ignore: as in `open_source`.
+        leave_out: as in `open_source`: tensors that are not the model's.
         progress: called as the reading goes on.
 
     Raises:
-        CheckpointError: as `open_source`; JobError where the checkpoint is not what its certificate says, or the upload
-            fails: the folder is whole then, and the same call again goes on.
+        CheckpointError: as `open_source`; JobError where it is not a folder, where the checkpoint is not what its
+            certificate says, or where the upload fails: the folder is whole then, and the same call again goes on.
     """
     require_pushable(url)
-    source, folder = open_source(path), Path(path)
+    folder = _folder(path)
+    source = open_source(folder, ignore=ignore, leave_out=leave_out)
     seen = _certified(source, folder / CERTIFICATE_NAME, workers, progress)
-    made = not (folder / CARD_NAME).exists()
-    if made:
-        write_text_atomic(folder / CARD_NAME, card(source, seen, origin))
+    made = _write_card(source, folder, seen.sha256, origin)
     again = f"run `minimax-jax push {folder} {url}` again"
     message = f"{source.survey.layout} layout, by minimax_jax {version('minimax_jax')}"
     commit = upload(folder, repository_of(url), private=private, message=message, remedy=again)
-    return Pushed(folder=folder, commit=commit, sha256=seen.sha256, card=made)
+    return Pushed(folder=folder, commit=commit, sha256=seen.sha256, card=made, left_out=source.left_out)
 
 
-def card(source: Source, seen: Digested, origin: str | None) -> str:
-    """A model card that says what is known: the same checkpoint gives the same text."""
-    return "\n".join([*_front_matter(source, origin), "", *_body(source, seen, origin), ""])
+def certify(
+    source: Source, folder: Path, *, workers: int = 2, progress: Callable[[Progress], None] | None = None
+) -> str:
+    """Leave a certificate in a checkpoint's folder, and a card that names it where nobody wrote another.
+
+    All tensors are read. Where `certificate.json` is there they are held against it instead.
+
+    Returns:
+        The digest of all tensors.
+
+    Raises:
+        FormatError: a file changed or ends too early while it is read.
+        JobError: the checkpoint is not what its certificate says, or the folder cannot be written to.
+    """
+    seen = _certified(source, folder / CERTIFICATE_NAME, workers, progress)
+    _write_card(source, folder, seen.sha256, None)
+    return seen.sha256
 
 
-def _front_matter(source: Source, origin: str | None) -> Iterator[str]:
-    layout = source.survey.layout
-    yield "---"
-    yield f"library_name: {'transformers' if layout in ('hf', 'transformers-v5') else 'minimax_jax'}"
-    if origin is not None and origin.startswith(_HUB):
-        yield f"base_model: {json.dumps(_base_model(origin))}"
-    yield "tags:"
-    yield from (f"- {tag}" for tag in ("minimax_m2", "minimax_jax", layout))
-    yield "---"
+def _write_card(source: Source, folder: Path, sha256: str, origin: str | None) -> bool:
+    card = certified_card(source, folder, sha256, origin)
+    if card is not None:
+        write_text_atomic(folder / CARD_NAME, str(card))
+    return card is not None
 
 
-def _base_model(origin: str) -> str:
-    """`org/name` of a source such as `hf://org/name@revision?keep=1`."""
-    return "/".join(origin.removeprefix(_HUB).split("?")[0].split("@")[0].split("/")[:2])
-
-
-def _body(source: Source, seen: Digested, origin: str | None) -> Iterator[str]:
-    dtypes = sorted(set(source.survey.dtypes.values()))
-    yield "# MiniMax-M2 checkpoint"
-    yield ""
-    if origin is not None and origin.startswith(_HUB):
-        yield f"Converted from `{_base_model(origin)}` by minimax_jax {version('minimax_jax')}."
-    else:
-        yield f"Converted by minimax_jax {version('minimax_jax')}."
-    yield ""
-    yield f"- layout: {source.survey.layout}"
-    yield f"- dtypes of weights: {', '.join(dtypes)}"
-    yield f"- tensors: {len(source.checkpoint.tensors):,}, {source.checkpoint.nbytes:,} bytes"
-    yield f"- sha256 over all tensors in the Hugging Face form: `{seen.sha256}`"
-    yield ""
-    yield f"`{CERTIFICATE_NAME}` holds the digest of every tensor. To hold a copy against it:"
-    yield ""
-    yield f"    minimax-jax verify FOLDER --certificate FOLDER/{CERTIFICATE_NAME}"
+def _folder(path: str | Path) -> Path:
+    """A folder of this machine: all of it goes up, and the certificate and the card go into it."""
+    if Path(path).is_dir():
+        return Path(path)
+    what, remedy = "not a folder of this machine", "give the folder that holds the checkpoint, converted if need be"
+    raise JobError(Problem(what=f"{what}, and nothing else is pushed", got=str(path), remedy=remedy))
 
 
 def _certified(source: Source, file: Path, workers: int, progress: Callable[[Progress], None] | None) -> Digested:

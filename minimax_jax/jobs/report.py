@@ -199,12 +199,19 @@ def _left_out_view(left_out: Sequence[LeftOut]) -> Iterator[str]:
 
 def pushed_json(done: Pushed) -> dict[str, Any]:
     """What was uploaded, as plain values."""
-    return {"path": str(done.folder), "commit": done.commit, "sha256": done.sha256, "card_written": done.card}
+    return {
+        "path": str(done.folder),
+        "commit": done.commit,
+        "sha256": done.sha256,
+        "card_written": done.card,
+        "left_out": left_out_json(done.left_out),
+    }
 
 
 def pushed_view(done: Pushed) -> Iterator[Any]:
     """What was uploaded, to look at."""
     yield f"uploaded {done.folder}, sha256 {done.sha256}"
+    yield from _left_out_view(done.left_out)
     yield Text(done.commit)
 
 

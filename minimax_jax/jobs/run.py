@@ -14,12 +14,11 @@ from typing import Any, Literal, TypeAlias
 
 from minimax_jax.display import Displayed
 from minimax_jax.errors import JobError, Problem, raise_if
-from minimax_jax.io.checkpoint import side_files
 from minimax_jax.io.folder import appearing, workshop_of
 from minimax_jax.io.journal import Journal, has_records, read_journals
 from minimax_jax.io.jsonfile import write_json_atomic
-from minimax_jax.io.source import copy_file
 from minimax_jax.io.writer import Writer
+from minimax_jax.jobs.card import add_side_files
 from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.plan import Plan
 from minimax_jax.jobs.scales import Remark, scale_remarks
@@ -110,7 +109,7 @@ def run(
             if team.leads:
                 _records(folder, stamp)  # refuses the work of another job before anything is written
                 (folder.parent / FAILED).unlink(missing_ok=True)
-                _copy_side_files(plan, folder)
+                add_side_files(plan.source, folder, form=plan.target.layout, dtype=plan.target.dtype)
             team.wait()
             found = _records(folder, stamp)
             if not team.leads:
@@ -216,8 +215,3 @@ def _report(plan: Plan, destination: Path, seconds: float, records: Mapping[str,
         remarks=tuple(scale_remarks(plan.source, plan.dtype, beside=beside, all_fresh=all_fresh)),
         left_out=plan.source.left_out,
     )
-
-
-def _copy_side_files(plan: Plan, folder: Path) -> None:
-    for file in side_files(plan.source.path):
-        copy_file(file, folder / file.name)

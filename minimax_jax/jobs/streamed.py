@@ -84,6 +84,11 @@ def streamed_layout(name: str) -> Layout:
     return _OWN[name][1] if name in _OWN else "native"
 
 
+def is_source(name: str) -> bool:
+    """Whether what a target writes can be opened again: what other packages write cannot."""
+    return name in _OWN or name not in streamed_targets()
+
+
 def load_target(name: str) -> Callable[..., Report]:
     """The function that writes a further target.
 

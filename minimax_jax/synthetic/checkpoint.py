@@ -19,7 +19,7 @@ from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.specs import specs
 from minimax_jax.progress import Progress, Ticker
 from minimax_jax.synthetic.noise import Array, Scaled, bands
-from minimax_jax.synthetic.sizes import TINY
+from minimax_jax.synthetic.sizes import FIRST_ID, LAST_ID, TINY
 
 Listener: TypeAlias = Callable[[Progress], None]
 
@@ -127,7 +127,7 @@ def _side_files(config: MiniMaxConfig, scaled: Scaled) -> dict[str, dict[str, An
     stored = config.replace(weight_block_size=config.block if scaled == "F8_E4M3" else None)
     first, last = "<s>", "</s>"
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {first: 256, last: 257}
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {first: FIRST_ID, last: LAST_ID}
     return {
         "config.json": stored.to_dict(),
         "generation_config.json": {"bos_token_id": vocab[first], "eos_token_id": vocab[last], "do_sample": False},

@@ -6,6 +6,9 @@ from typing import Any
 
 from minimax_jax.layout.config import DEFAULT_BLOCK, MiniMaxConfig
 
+FIRST_ID, LAST_ID = 256, 257
+"""Ids of the first and the last token of a text, behind those of the bytes."""
+
 REAL = MiniMaxConfig(
     hidden_size=3072,
     intermediate_size=1536,
@@ -34,6 +37,7 @@ TINY = MiniMaxConfig(
     vocab_size=264,
     max_position_embeddings=512,
     weight_block_size=DEFAULT_BLOCK,
+    extra={"bos_token_id": FIRST_ID, "eos_token_id": LAST_ID},  # transformers' own lie beyond a small vocabulary
 )
 """A whole model in under 1 MB.
 
