@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from minimax_jax.jobs.front import STORED
+from minimax_jax.jobs.targets import STORED
 
 _OWN = (
     "import minimax_jax as mj",
