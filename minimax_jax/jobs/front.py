@@ -197,7 +197,7 @@ def push(
         origin: what the checkpoint was converted from, for its model card.
         workers: threads.
         ignore: attributes of config.json to leave unread.
-        leave_out: as in `plan`. All files go up, whole; the certificate does not hold what is left out.
+        leave_out: as in `plan`; what is left out goes up with the files that it lies in.
         progress: called as the tensors are read.
 
     Raises:

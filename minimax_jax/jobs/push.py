@@ -30,7 +30,7 @@ class Pushed:
         commit: URL of the commit.
         sha256: digest of all its tensors, as in its certificate.
         card: whether the model card is of our making, and was written.
-        left_out: tensors in its files that are not the model's: they went up, and the certificate does not hold them.
+        left_out: tensors in its files that are not the model's: they went up with the files that they lie in.
     """
 
     folder: Path
@@ -65,7 +65,7 @@ def push(
     All of its tensors are read first. Where `certificate.json` lies beside them they are held against it, byte for
     byte; else it is written. A model card is written where there is none, and where there is one that minimax_jax
     wrote; what somebody else wrote stays as it is. All files of the folder go up, whole: tensors that were left out
-    are in them, and not in the certificate.
+    are in them.
 
     Args:
         path: a checkpoint's folder.
