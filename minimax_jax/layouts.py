@@ -55,7 +55,7 @@ def to_layout(
         for name, piece in arranged(entry, stored, layout).items():
             stacks.setdefault(name, []).append(piece)
             axes[name] = arrange(entry, layout).layer_axis
-    raise_if(_gaps(stacks, axes, config), LayoutError)
+    raise_if(_unstackable(stacks, axes, config), LayoutError)
     return {name: _stacked(pieces, axes[name]) for name, pieces in stacks.items()}
 
 
@@ -115,11 +115,17 @@ def _fp8_problems(names: list[str], layout: str) -> Iterator[Problem]:
         yield Problem(what=what, key=names[0], got=counted(len(names), "FP8 weight"), remedy=remedy)
 
 
-def _gaps(
+def _unstackable(
     stacks: Mapping[str, list[Array]], axes: Mapping[str, int | None], config: MiniMaxConfig
 ) -> Iterator[Problem]:
-    """A problem for each stack that lacks layers: which of a partial tree are there, a stack could not say."""
+    """A problem for each stack that lacks layers (which, it could not say), or whose layers are of several dtypes."""
     for name, pieces in stacks.items():
-        if axes[name] is not None and len(pieces) != config.num_hidden_layers:
+        if axes[name] is None:
+            continue
+        if len(pieces) != config.num_hidden_layers:
             expected, got = counted(config.num_hidden_layers, "layer"), str(len(pieces))
             yield Problem(what="stack of layers with gaps", key=name, expected=expected, got=got)
+        dtypes = sorted({str(piece.dtype) for piece in pieces})
+        if len(dtypes) > 1:
+            what, remedy = "layers differ in dtype: they cannot be stacked", "cast them, or take another layout"
+            yield Problem(what=what, key=name, expected="one dtype", got=" and ".join(dtypes), remedy=remedy)

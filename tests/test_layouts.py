@@ -99,6 +99,21 @@ def test_a_partial_stack_is_refused():
     assert len(mj.to_layout(some, CONFIG, layout="maxtext-unscanned", partial=True)) == 3 + 2 * 13
 
 
+def test_layers_of_several_dtypes_are_not_stacked():
+    tree = dict(NATIVE)
+    for name in ("input_layernorm.weight", "self_attn.q_proj.weight"):
+        key = f"model.layers.1.{name}"
+        tree[key] = tree[key].astype(np.float16)
+    with pytest.raises(LayoutError) as caught:
+        mj.to_layout(tree, CONFIG, layout="maxtext")
+    assert {(problem.what.split(":")[0], problem.got) for problem in caught.value.problems} == {
+        ("layers differ in dtype", "bfloat16 and float16")
+    }
+    assert len(caught.value.problems) == 2 and all("decoder.layers" in problem.key for problem in caught.value.problems)
+    kept = mj.to_layout(tree, CONFIG, layout="maxtext-unscanned")
+    assert differences(mj.from_layout(kept, CONFIG, layout="maxtext-unscanned"), tree) == []
+
+
 def test_the_published_sizes_in_maxtext():
     abstract = specs(PUBLISHED).abstract()
     tree = jax.eval_shape(lambda native: mj.to_layout(native, PUBLISHED, layout="maxtext"), abstract)

@@ -143,6 +143,19 @@ def test_a_stopped_conversion_goes_on(source, made, tmp_path, monkeypatch):
     assert folders.stored(tmp_path / "out") == folders.stored(made / "transformers-v5")
 
 
+def test_layers_of_several_dtypes_are_not_stacked(source, tmp_path):
+    arrays = folders.arrays(source)
+    key = "model.layers.1.input_layernorm.weight"
+    arrays[key] = arrays[key].astype(np.float32)
+    mixed = folders.write(tmp_path / "mixed", arrays, CONFIG)
+    with pytest.raises(LayoutError, match="layers differ in dtype") as caught:
+        mj.convert(mixed, tmp_path / "out", to="maxtext")
+    told = {(problem.key.rsplit(".", 2)[1], problem.expected, problem.got) for problem in caught.value.problems}
+    assert ("pre_self_attention_layer_norm", "BF16", "F32") in told and not (tmp_path / "out").exists()
+    mj.convert(mixed, tmp_path / "apart", to="maxtext-unscanned")
+    assert mj.verify(mixed, tmp_path / "apart").good
+
+
 def test_maxtext_refuses_fp8(source, tmp_path):
     with pytest.raises(JobError, match="no place for FP8"):
         mj.convert(source, tmp_path / "out", to="maxtext", dtype="fp8")

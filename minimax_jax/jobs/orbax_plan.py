@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from minimax_jax.dtypes import DTYPES
-from minimax_jax.errors import JobError, Problem, RequestError, raise_if
+from minimax_jax.errors import JobError, LayoutError, Problem, RequestError, raise_if
 from minimax_jax.io.orbax import chunk_rows
 from minimax_jax.jobs.budget import over_budget, peak_bytes, require_workers, share_bytes
 from minimax_jax.jobs.source import Source, batches, layout_specs
@@ -95,6 +95,7 @@ def plan(source: Source, dtype: str, *, max_memory_bytes: int, workers: int, lay
     Raises:
         RequestError: no such dtype (or none in the layout), or no workers.
         JobError: a budget that is too small for the largest unit; says what is needed.
+        LayoutError: the layout stacks layers, and those of the source differ in dtype.
     """
     require_workers(workers)
     if dtype == "F8_E4M3" and layout not in HOLDING_FP8:
@@ -154,17 +155,17 @@ def _arrays(
     chunks: dict[str, tuple[int, ...]] = {}
     unlike: list[Problem] = []
     for entry in entries:
-        for spec in layout_specs(entry, layout, _stored(entry, source, dtype)):
-            specs[spec.key] = spec
+        stored = _stored(entry, source, dtype)
         if layout not in FORMS:
+            specs |= {spec.key: spec for spec in layout_specs(entry, layout, stored)}
             continue
-        place, stored = arrange(entry, layout), _stored(entry, source, dtype)
+        place = arrange(entry, layout)
         for name in place.names:
-            if name in specs and specs[name].dtype != stored:
-                unlike.append(_unlike(name, specs[name].dtype, stored))
-            specs[name] = TensorSpec(name, place.whole_shape, stored)
+            spec = specs.setdefault(name, TensorSpec(name, place.whole_shape, stored))
             chunks[name] = _chunk(place, DTYPES[stored].itemsize)
-    raise_if(unlike, JobError)
+            if spec.dtype != stored:
+                unlike.append(_unlike(name, spec.dtype, stored))
+    raise_if(unlike, LayoutError)
     return tuple(specs.values()), chunks
 
 
