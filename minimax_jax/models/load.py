@@ -94,6 +94,7 @@ def load(
         P('expert', None, None)
     """
     source = _open(path, ignore, leave_out)
+    warn_of(source.left_out)  # here, so that it points at the caller
     arrays = _arrays(source, mesh, rules, dtype, stacked)
     return _load(source, arrays, max_memory_bytes=max_memory_bytes, workers=workers, progress=progress)
 
@@ -137,6 +138,7 @@ def load_model(
     """
     raise_if(_explicit_axes(mesh), JobError)
     source = _open(path, ignore, leave_out)
+    warn_of(source.left_out)  # here, so that it points at the caller
     arrays = _arrays(source, mesh, rules, dtype, stacked)
     native = _load(source, arrays, max_memory_bytes=max_memory_bytes, workers=workers, progress=progress)
     return MiniMaxForCausalLM(source.config, native, dtype=jnp.bfloat16 if dtype is None else dtype)
@@ -144,7 +146,6 @@ def load_model(
 
 def _open(path: str | Path, ignore: Collection[str], leave_out: Collection[str]) -> Source:
     source = open_source(path, ignore=ignore, leave_out=leave_out)
-    warn_of(source.left_out)
     require_own_layout(source)
     return source
 
