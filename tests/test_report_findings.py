@@ -140,3 +140,13 @@ def test_what_is_left_out_is_told(other):
     (finding,) = (each for each in findings(seen) if "leave out" in each.text)
     assert finding.names == ("vision.patch.weight",) and "1 tensor" in finding.text and finding.level == "note"
     assert "vision.patch.weight" in (other / "report.html").read_text()
+
+
+def test_no_file_but_an_earlier_report_is_replaced(tmp_path):
+    mj.synthesize(tmp_path / "tiny")
+    before = (tmp_path / "tiny" / "config.json").read_bytes()
+    with pytest.raises(mj.JobError, match="a file that is no report stands there"):
+        mj.report(tmp_path / "tiny", output=tmp_path / "tiny" / "config.json")
+    assert (tmp_path / "tiny" / "config.json").read_bytes() == before
+    for _ in range(2):
+        mj.report(tmp_path / "tiny", output=tmp_path / "page.html")

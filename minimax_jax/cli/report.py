@@ -30,7 +30,7 @@ from minimax_jax.console import Output
 def report(path: str | Path, other: str | Path | None, output: Path, out: Output, **chosen: Any) -> None:
     """Write what a checkpoint holds as one HTML page, in any layout; with OTHER, what changed from PATH to it.
 
-    Every weight is read once. The page opens from the disk, fetches nothing, and replaces one of the same name.
+    Every weight is read once. The page opens from the disk, fetches nothing, and replaces an earlier page alone.
     """
     from minimax_jax.jobs import overview_report
     from minimax_jax.page import report as reporting

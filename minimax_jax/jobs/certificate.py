@@ -52,29 +52,33 @@ def require_certificate_place(file: str | Path) -> None:
     """Check that a certificate can be written to `file`, which is new, empty, or an earlier certificate.
 
     Raises:
-        JobError: as `require_place`, or another kind of file stands there, which is never overwritten.
+        JobError: as `require_place`.
     """
-    require_place(file)
-    file = Path(file)
-    begins = b""
-    if file.exists():
-        with io_errors(JobError, "certificate cannot be written", file), file.open("rb") as stream:
-            begins = stream.read(_BEGINNING_BYTES)
-    if begins and not begins.lstrip(b" \r\n\t{").startswith(_BEGINNING):
-        what, remedy = "a file that is no certificate stands there", "name another file, or delete this one"
-        raise JobError(Problem(what=what, file=str(file), remedy=remedy))
+    require_place(file, "certificate", _BEGINNING)
 
 
-def require_place(file: str | Path, what: str = "certificate") -> None:
-    """Check that a certificate, or `what`, can be written to `file`, before the long work of which it is the result.
+def require_place(file: str | Path, what: str, beginning: bytes) -> None:
+    """Check that `what` can be written to `file`, before the long work of which it is the result.
+
+    Args:
+        file: new, empty, or an earlier one of its kind.
+        what: the kind, in words.
+        beginning: what one begins with, after white space and a brace.
 
     Raises:
-        JobError: it is a folder, or there is no folder to hold it that may be written to.
+        JobError: it is a folder, there is no folder to hold it that may be written to, or another kind of file stands
+            there, which is never overwritten.
     """
-    file = Path(file)
-    if file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
+    file, begins = Path(file), b""
+    if not os.access(file.parent, os.W_OK | os.X_OK) or (file.exists() and not file.is_file()):
         remedy = "name a file in a folder that exists and may be written to"
         raise JobError(Problem(what=f"{what} cannot be written", file=str(file), remedy=remedy))
+    if file.exists():
+        with io_errors(JobError, f"{what} cannot be written", file), file.open("rb") as stream:
+            begins = stream.read(_BEGINNING_BYTES)
+    if begins and not begins.lstrip(b" \r\n\t{").startswith(beginning):
+        remedy = "name another file, or delete this one"
+        raise JobError(Problem(what=f"a file that is no {what} stands there", file=str(file), remedy=remedy))
 
 
 def write_certificate(file: str | Path, seen: Verification) -> None:

@@ -14,6 +14,7 @@ from minimax_jax.jobs.source import open_sources
 from minimax_jax.progress import Progress
 
 DEFAULT_OUTPUT = "report.html"
+_BEGINNING = b"<!doctype html>"
 
 
 def report(
@@ -32,7 +33,7 @@ def report(
         path: a checkpoint in any layout, on the disk or behind a URL.
         other: another of the same architecture: the page then begins with what changed from `path` to it. Where one of
             the two is FP8 and the other is not, that is the error of quantisation, relative to the one in floats.
-        output: the page; a file of that name is replaced once the new one is whole.
+        output: the page; an earlier one of that name is replaced once the new one is whole, any other file is refused.
         workers: threads.
         ignore: attributes of config.json to leave unread.
         leave_out: what the names of tensors to leave out begin with; as in `open_source`.
@@ -45,7 +46,7 @@ def report(
         CheckpointError: as `open_source`; LayoutError where the two are not of the same architecture; JobError where
             the page cannot be written, or plotly and Jinja are not installed.
     """
-    require_place(output, "report")
+    require_place(output, "report", _BEGINNING)
     render = _renderer()
     from minimax_jax.jobs.measure import gather  # with jax
 
