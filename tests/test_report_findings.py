@@ -144,9 +144,11 @@ def test_what_is_left_out_is_told(other):
 
 def test_no_file_but_an_earlier_report_is_replaced(tmp_path):
     mj.synthesize(tmp_path / "tiny")
-    before = (tmp_path / "tiny" / "config.json").read_bytes()
-    with pytest.raises(mj.JobError, match="a file that is no report stands there"):
-        mj.report(tmp_path / "tiny", output=tmp_path / "tiny" / "config.json")
-    assert (tmp_path / "tiny" / "config.json").read_bytes() == before
+    (tmp_path / "mine.html").write_text("<!doctype html>\n<html></html>")
+    for other in (tmp_path / "tiny" / "config.json", tmp_path / "mine.html"):
+        before = other.read_bytes()
+        with pytest.raises(mj.JobError, match="a file that is no report stands there"):
+            mj.report(tmp_path / "tiny", output=other)
+        assert other.read_bytes() == before
     for _ in range(2):
         mj.report(tmp_path / "tiny", output=tmp_path / "page.html")

@@ -14,7 +14,7 @@ from minimax_jax.jobs.source import open_sources
 from minimax_jax.progress import Progress
 
 DEFAULT_OUTPUT = "report.html"
-_BEGINNING = b"<!doctype html>"
+_BEGINNING = b"<!doctype html><!-- minimax_jax report"
 
 
 def report(
