@@ -111,13 +111,14 @@ def test_verbose_shows_more_names(made):
 
 def test_an_old_page_stays_where_there_is_no_new_one(made, tmp_path):
     page = tmp_path / "report.html"
-    page.write_text("old")
+    synthetic.synthesize(tmp_path / "tiny")
+    mj.report(tmp_path / "tiny", output=page)
+    old = page.read_text()
     _, stderr = run("report", tmp_path / "nothing", "-o", page, code=3)
-    assert "nothing" in stderr and page.read_text() == "old"
+    assert "nothing" in stderr and page.read_text() == old
     with pytest.raises(LayoutError, match="architecture"):
-        synthetic.synthesize(tmp_path / "tiny")
         mj.report(made / "hf", tmp_path / "tiny", output=page)
-    assert page.read_text() == "old" and [file.name for file in tmp_path.glob(".*")] == []
+    assert page.read_text() == old and [file.name for file in tmp_path.glob(".*")] == []
     with pytest.raises(JobError, match="report cannot be written"):
         mj.report(made / "hf", output=tmp_path / "no folder" / "report.html")
 
