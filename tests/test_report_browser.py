@@ -160,7 +160,7 @@ def test_hovering_tells_what_changed(made, two, opened):
     change = 999 * np.linalg.norm(dequantize(arrays[key], arrays[key + SUFFIX], np.float64, CONFIG.block))
     assert NAME in told
     share = numbers(told[told.index("changed by") :].splitlines()[0])[0]
-    assert share == pytest.approx(100 * change / norms(made / "hf")["whole"], rel=1e-3)
+    assert share == pytest.approx(100 * change / norms(made / "tuned")["whole"], rel=1e-3)
     first = tab.page.locator("section:has(#changes) tbody tr").first.inner_text()
     assert first.startswith(NAME)
     assert tab.quiet(two)

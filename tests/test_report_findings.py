@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.jobs.findings import findings
+from minimax_jax.jobs.overview import relative_change
 from minimax_jax.page.render import render
 
 
@@ -28,7 +29,12 @@ def other(made, tmp_path):
 # --- two checkpoints -------------------------------------------------------------------------------------------------
 
 
-def test_what_changed_is_told_against_the_first(made, other):
+def apart(a, b):
+    """Norm of the difference over the larger of the two norms, in float64."""
+    return np.linalg.norm(a - b) / max(np.linalg.norm(a), np.linalg.norm(b))
+
+
+def test_what_changed_is_told_against_the_larger_norm(made, other):
     folders.edit(other, W1 + SUFFIX, lambda scales: scales * 1.5)
     folders.edit(other, EMBED, lambda weight: weight * 1.25)
     seen = overview(made / "hf", other)
@@ -37,13 +43,28 @@ def test_what_changed_is_told_against_the_first(made, other):
         a, b = in_float64(before, key, F32).astype(np.float64), in_float64(after, key, F32).astype(np.float64)
         assert each.change.error_squares == pytest.approx(np.square(b - a).sum(), rel=1e-12)
         assert (each.change.differing, each.change.max_abs) == ((a != b).sum(), np.abs(a - b).max())
-        assert seen.change([each]) == pytest.approx(np.linalg.norm(b - a) / np.linalg.norm(a), rel=1e-9)
+        assert relative_change([each]) == pytest.approx(apart(a, b), rel=1e-9)
     text = " ".join(found(seen))
     assert f"2 of {len(seen.weights)} weights changed" in text and "1 of 18 experts moved" in text
     assert any(text.startswith("1 of 18") for text in found(seen, level="note"))
 
 
-def test_the_error_of_quantisation_is_told_against_the_floats(made, tmp_path):
+@pytest.mark.parametrize("factor", [0.75, 1.5])
+def test_report_and_diff_tell_one_relative_difference(made, other, factor):
+    folders.edit(other, W1 + SUFFIX, lambda scales: scales * factor)
+    folders.edit(other, EMBED, lambda weight: weight * factor)
+    seen, listed = by_key(overview(made / "hf", other)), mj.diff(made / "hf", other).differences
+    before, after = folders.arrays(made / "hf"), folders.arrays(other)
+    assert {weight.key for weight in listed} == {W1, EMBED}
+    for weight in listed:
+        a, b = (in_float64(arrays, weight.key, F32).astype(np.float64) for arrays in (before, after))
+        assert relative_change([seen[weight.key]]) == weight.figures.relative == pytest.approx(apart(a, b), rel=1e-9)
+    expert = [seen[W1.replace("w1", name)] for name in ("w1", "w2", "w3")]
+    wholes = [np.concatenate([in_float64(tree, each.key).ravel() for each in expert]) for tree in (before, after)]
+    assert relative_change(expert) == pytest.approx(apart(*wholes), rel=1e-6)
+
+
+def test_the_error_of_quantisation_is_the_same_either_way_round(made, tmp_path):
     rng = np.random.default_rng(2)
     tree = random_hf(CONFIG, "BF16")
     for key in tree:
@@ -53,20 +74,19 @@ def test_the_error_of_quantisation_is_told_against_the_floats(made, tmp_path):
     forth, back = overview(floats, tmp_path / "fp8"), overview(tmp_path / "fp8", floats)
     scaled = folders.scaled_weights(tmp_path / "fp8")
     arrays = folders.arrays(tmp_path / "fp8")
-    for seen, base in ((forth, 0), (back, 1)):
-        assert seen.quantised and seen.base == base
+    for seen in (forth, back):
+        assert seen.quantised
         for key in scaled:
             want = tree[key].astype(np.float64)
-            error = dequantize(arrays[key], arrays[key + SUFFIX], BF16, BLOCK).astype(np.float64) - want
-            share = np.linalg.norm(error) / np.linalg.norm(want)
-            assert seen.change([by_key(seen)[key]]) == pytest.approx(share, rel=1e-9) and 0 < share < 1 / 16
+            share = apart(dequantize(arrays[key], arrays[key + SUFFIX], BF16, BLOCK).astype(np.float64), want)
+            assert relative_change([by_key(seen)[key]]) == pytest.approx(share, rel=1e-9) and 0 < share < 1 / 16
         assert any(text.startswith("Quantisation error") for text in found(seen, level="note"))
         assert "Quantisation error" in render(seen)
 
 
 def test_the_same_weights_in_another_layout_and_dtype_have_not_changed(made):
     seen = overview(made / "hf", made / "bf16")
-    assert seen.change(seen.weights) == 0
+    assert relative_change(seen.weights) == 0
     assert any(text.startswith("Nothing changed") for text in found(seen, level="good"))
     render(seen)
 

@@ -23,6 +23,9 @@ Array = npt.NDArray[Any]
 _BITS: Mapping[str, type[np.signedinteger[Any]]] = {"BF16": np.int16, "F16": np.int16, "F32": np.int32}
 """Signed integers of the same size, by float dtype."""
 
+RELATIVE = "norm of the difference over the larger of the two norms"
+"""What `Difference.relative` is, for those who are shown one."""
+
 _AT_ONCE = 2**17
 """Elements: float64 copies of so many stay in the cache of a core, and memory stays flat."""
 
@@ -65,7 +68,11 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """Norm of the difference over the larger of the two norms: 0 for the same, 1 against zeros, 2 at most."""
+        """Norm of the difference over the larger of the two norms: 0 for the same, 1 against zeros, 2 at most.
+
+        It is the same either way round, and a number for whatever is compared. All that tells a relative difference, of
+        one weight or of several taken together, has it from here.
+        """
         largest = max(self.first_squares, self.second_squares)
         return math.sqrt(self.error_squares / largest) if largest else 0.0
 
@@ -98,7 +105,7 @@ def difference(first: Weight, second: Weight, *, part: bool = False) -> Differen
 
 def total(parts: Iterable[Difference]) -> Difference:
     """The difference of a whole from those of its parts."""
-    return functools.reduce(Difference.__add__, parts)
+    return functools.reduce(Difference.__add__, parts, Difference(elements=0))
 
 
 def inner(x: Array, y: Array) -> float:

@@ -12,9 +12,10 @@ import numpy as np
 
 from minimax_jax.display import counted
 from minimax_jax.io.jsonfile import shown
+from minimax_jax.jobs.difference import RELATIVE
 from minimax_jax.jobs.figures import OUTLIER_RATIO, Floats
 from minimax_jax.jobs.numbers import Unusual
-from minimax_jax.jobs.overview import Figures, Overview, change_squares, ratio
+from minimax_jax.jobs.overview import Figures, Overview, change_squares, ratio, relative_change
 
 Level: TypeAlias = Literal["warning", "note", "good"]
 
@@ -231,20 +232,17 @@ def _changes(seen: Overview) -> Iterator[Finding]:
     elif seen.quantised:
         yield from _quantisation(seen, differing)
     else:
-        share = percent(seen.change(seen.weights))
+        share = percent(relative_change(seen.weights))
         text = f"{len(differing):,} of {counted(len(pairs), 'weight')} changed, by {share} over all"
-        yield Finding(level="note", text=text, rule=f"{rule}; the root of the squared change over that of the weights")
+        yield Finding(level="note", text=text, rule=f"{rule}; {RELATIVE}")
         yield from _moved(seen)
 
 
 def _quantisation(seen: Overview, differing: list[Figures]) -> Iterator[Finding]:
-    rule = (
-        "the root of the squared difference over that of the weights in floats; "
-        f"above {percent(MOST_ROUNDING)} it is more than rounding to three bits of mantissa gives"
-    )
-    changes = {each.key: seen.change([each]) for each in differing}
+    rule = f"{RELATIVE}; above {percent(MOST_ROUNDING)} it is more than rounding to three bits of mantissa gives"
+    changes = {each.key: relative_change([each]) for each in differing}
     over = sorted((key for key in changes if changes[key] > MOST_ROUNDING), key=lambda key: -changes[key])
-    text = f"Quantisation error: {percent(seen.change(seen.weights))} over all"
+    text = f"Quantisation error: {percent(relative_change(seen.weights))} over all"
     if over:
         yield _about("warning", f"{text}; more than rounding explains in {counted(len(over), 'weight')}", rule, over)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from minimax_jax.jobs.difference import Difference
+from minimax_jax.jobs.difference import Difference, total
 from minimax_jax.jobs.figures import Floats, Outlier
 from minimax_jax.jobs.inspect import Inspection
 from minimax_jax.jobs.numbers import Unusual
@@ -115,25 +116,22 @@ class Overview:
         return found
 
     @property
-    def base(self) -> int:
-        """Which of two checkpoints changes are told relative to: the first, or that in floats if the first is FP8."""
-        return 1 if self.quantised and _is_fp8(self.scaled_dtypes[0]) else 0
-
-    @property
     def quantised(self) -> bool:
         """Whether there are two checkpoints and one alone is FP8, so that a change is an error of quantisation."""
         return len(self.checkpoints) == 2 and _is_fp8(self.scaled_dtypes[0]) != _is_fp8(self.scaled_dtypes[1])
 
-    def change(self, weights: Iterable[Figures]) -> float:
-        """The relative change of weights taken together: the root of their squared differences over that of `base`."""
-        compared = [each for each in weights if each.change is not None]
-        return ratio(math.fsum(map(change_squares, compared)), math.fsum(map(self.base_squares, compared)))
 
-    def base_squares(self, each: Figures) -> float:
-        """The sum of squares that the change of a weight is relative to; of one that did not change, its own."""
-        if each.change is None or not each.change.differing:
-            return each.squares
-        return each.change.second_squares if self.base else each.change.first_squares
+def relative_change(weights: Iterable[Figures]) -> float:
+    """`Difference.relative` of weights taken together."""
+    return total(_with_sums(each, each.change) for each in weights if each.change is not None).relative
+
+
+def _with_sums(each: Figures, change: Difference) -> Difference:
+    """The change of a weight with its sums of squares: that of one that did not change may leave them out."""
+    if change.differing:
+        return change
+    same = each.squares
+    return dataclasses.replace(change, first_squares=same, second_squares=same, products=same, error_squares=0.0)
 
 
 def change_squares(each: Figures) -> float:

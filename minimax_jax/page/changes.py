@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from plotly.graph_objects import Figure
 
+from minimax_jax.jobs.difference import RELATIVE
 from minimax_jax.jobs.findings import percent
-from minimax_jax.jobs.overview import Figures, Overview, change_squares, ratios
+from minimax_jax.jobs.overview import Figures, Overview, relative_change
 from minimax_jax.layout.table import cut_at_layer
 from minimax_jax.page import plots
 from minimax_jax.page.names import expert_name, matrix_names, weight_name
@@ -21,9 +22,8 @@ _LISTED = 20
 def changes(seen: Overview) -> Section:
     """The section: a map of experts, one of all else, and the ranked lists."""
     first, second = (str(inspection.path) for inspection in seen.checkpoints)
-    base = (first, second)[seen.base]
     title = "Quantisation error" if seen.quantised else "What changed"
-    note = f"Root of the squared difference over that of the weights of {base}, over an expert's matrices."
+    note = f"{RELATIVE.capitalize()}, over an expert's matrices."
     maps = [Plot(name="changes", title="By expert", note=note, figure=_expert_map(seen))]
     if any(map(_differs, (each for each in seen.weights if each.layer is not None and each.expert is None))):
         same = "The same, weight by weight."
@@ -33,16 +33,17 @@ def changes(seen: Overview) -> Section:
 
 
 def _expert_map(seen: Overview) -> Figure:
-    squares = seen.grid(change_squares)
-    bases = seen.grid(seen.base_squares)
-    parts = 100 * ratios(squares, bases)
+    parts = 100 * seen.grid(lambda each: relative_change([each]))
+    whole = np.full(parts.shape[:2], np.nan)
+    for place, group in _by_expert(seen).items():
+        whole[place] = 100 * relative_change(group)
     hover = [f"<b>{expert_name(seen)}</b>", "changed by %{z:.4g} %"]
     hover += [f"{name}: %{{customdata[{n}]:.4g}} %" for n, name in enumerate(matrix_names(seen))]
-    return plots.heat_map(100 * ratios(squares.sum(-1), bases.sum(-1)), hover, told=parts, unit=" %")
+    return plots.heat_map(whole, hover, told=parts, unit=" %")
 
 
 def _others(seen: Overview) -> Figure:
-    kinds = per_layer(seen, lambda each: 100 * seen.change([each]))
+    kinds = per_layer(seen, lambda each: 100 * relative_change([each]))
     labels = [cut_at_layer(weight_name(seen, kind, "0"))[2] for kind in kinds]
     prefix = "".join(cut_at_layer(weight_name(seen, next(iter(kinds)), "%{y}"))[:1])
     hover = [f"<b>{prefix}%{{x}}</b>", "changed by %{z:.4g} %"]
@@ -50,22 +51,25 @@ def _others(seen: Overview) -> Figure:
 
 
 def _tables(seen: Overview) -> Iterator[Table]:
-    by_expert: dict[tuple[int, int], list[Figures]] = {}
-    others: dict[tuple[int, int], list[Figures]] = {}
-    for n, each in enumerate(seen.weights):
-        if each.expert is not None and each.layer is not None:
-            by_expert.setdefault((each.layer, each.expert), []).append(each)
-        else:
-            others[n, 0] = [each]
     name = expert_name(seen).replace("%{y}", "{y}").replace("%{x}", "{x}")
-    experts = {name.format(y=layer, x=expert): group for (layer, expert), group in by_expert.items()}
+    experts = {name.format(y=layer, x=expert): group for (layer, expert), group in _by_expert(seen).items()}
+    others = {each.key: [each] for each in seen.weights if each.expert is None}
     yield _ranked("Experts that moved most", seen, experts)
-    yield _ranked("Everything else that moved", seen, {group[0].key: group for group in others.values()})
+    yield _ranked("Everything else that moved", seen, others)
+
+
+def _by_expert(seen: Overview) -> dict[tuple[int, int], list[Figures]]:
+    """The matrices of every expert, by layer and expert."""
+    found: dict[tuple[int, int], list[Figures]] = {}
+    for each in seen.weights:
+        if each.expert is not None and each.layer is not None:
+            found.setdefault((each.layer, each.expert), []).append(each)
+    return found
 
 
 def _ranked(title: str, seen: Overview, groups: dict[str, list[Figures]]) -> Table:
     moved = {name: group for name, group in groups.items() if any(map(_differs, group))}
-    shares = {name: seen.change(group) for name, group in moved.items()}
+    shares = {name: relative_change(group) for name, group in moved.items()}
     ranked = sorted(moved, key=lambda name: -shares[name])[:_LISTED]
     rows = tuple((name, percent(shares[name]), *_told(moved[name])) for name in ranked)
     told = f"{title} ({len(ranked)} of {len(moved):,})" if moved else f"{title}: none"

@@ -32,7 +32,7 @@ def report(
     Args:
         path: a checkpoint in any layout, on the disk or behind a URL.
         other: another of the same architecture: the page then begins with what changed from `path` to it. Where one of
-            the two is FP8 and the other is not, that is the error of quantisation, relative to the one in floats.
+            the two is FP8 and the other is not, that is the error of quantisation.
         output: the page; an earlier one of that name is replaced once the new one is whole, any other file is refused.
         workers: threads.
         ignore: attributes of config.json to leave unread.
