@@ -12,7 +12,8 @@ from pages import NOT_RUN, PAGES, ROOT, Command, Shell, as_printed, blocks, is_r
 
 import minimax_jax as mj
 
-RUN_PAGES = [page for page in PAGES if any(map(is_run, blocks(page)))]
+README = ROOT / "README.md"
+RUN_PAGES = [page for page in PAGES if any(map(is_run, blocks(page))) and page != README]
 NEVER_RUN = 8
 """Most blocks of all pages that may be marked as not run."""
 
@@ -33,6 +34,19 @@ def shell(tmp_path, monkeypatch, pytestconfig):
 def test_every_block_of_a_page_runs_as_printed(page, shell):
     for example in parse(page, shell):
         example.evaluate()
+
+
+def test_the_readme_runs_as_printed_with_its_python_in_one_new_session(shell):
+    snippets = []
+    for example in parse(README, shell):
+        if example.region.lexemes["language"] == "python":
+            snippets.append(example.parsed)
+        else:
+            example.evaluate()
+    for first, devices in (("", 1), ('import jax; jax.config.update("jax_num_cpu_devices", 8)', 8)):
+        (shell.folder / "pasted.py").write_text("\n".join([first, *snippets, "print(mesh.size)"]))
+        done = shell.run("rm -rf m2-trained && python pasted.py")
+        assert (done.returncode, done.stdout) == (0, f"{devices}\n"), done.stderr
 
 
 def test_few_blocks_are_not_run():
