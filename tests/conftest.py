@@ -7,6 +7,7 @@ XLA refuses is never kept. An entry that is not whole, since another worker is w
 """
 
 import os
+import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -87,3 +88,17 @@ def orbax_written(orbax_source, tmp_path_factory):
     from orbax_cases import write_all
 
     return write_all(orbax_source, tmp_path_factory.mktemp("written"))
+
+
+@pytest.fixture(scope="session")
+def certified(tmp_path_factory):
+    """A checkpoint in three forms, and the certificates of two of them."""
+    from certified_cases import make
+
+    return make(tmp_path_factory.mktemp("certified"))
+
+
+@pytest.fixture
+def certified_copy(certified, tmp_path):
+    """Copies one of them, to be changed."""
+    return lambda name: shutil.copytree(certified / name, tmp_path / name)

@@ -154,8 +154,16 @@ def seeds() -> dict[str, list[bytes]]:
 def _certificate() -> dict[str, Any]:
     tensor = {"dtype": "F32", "shape": [2], "sha256": "00"}
     whole = hashlib.sha256(b"t F32 [2] 00\n").hexdigest()
-    files = {"config.json": {"bytes": 2, "sha256": "00", "of": "file"}}
-    one = {"path": "p", "layout": "hf", "sha256": whole, "config_sha256": "00", "files": files}
+    files: dict[str, Any] = {"config.json": {"bytes": 2, "sha256": "00", "of": "file"}}
+    files["x.safetensors"] = {"bytes": 2, "sha256": "00", "of": "header", "metadata": {"format": "00"}}
+    one = {
+        "path": "p",
+        "layout": "hf",
+        "sha256": whole,
+        "config_sha256": "00",
+        "files": files,
+        "left_out_tensors": {"m": tensor},
+    }
     return {"format": FORMAT, "options": {"sample": None}, "checkpoints": [one], "tensors": {"t": tensor}}
 
 

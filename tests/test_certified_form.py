@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from certified_cases import EMBED, make
+from certified_cases import EMBED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,15 +13,10 @@ from minimax_jax.errors import FormatError
 from minimax_jax.jobs.certified import FORMAT, read_certificate, seal
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("made"))
-
-
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_one_flipped_bit_in_a_certificate_is_found(made, tmp_path, data):
-    good = (made / "bf16.json").read_bytes()
+def test_one_flipped_bit_in_a_certificate_is_found(certified, tmp_path, data):
+    good = (certified / "bf16.json").read_bytes()
     bit = data.draw(st.integers(0, 8 * len(good) - 1))
     (tmp_path / "c.json").write_bytes(good[: bit // 8] + bytes([good[bit // 8] ^ 1 << bit % 8]) + good[bit // 8 + 1 :])
     with pytest.raises(FormatError):
@@ -62,13 +57,13 @@ FORGED = {
 
 
 @pytest.mark.parametrize("case", FORGED)
-def test_a_sealed_certificate_of_a_wrong_form_is_refused(made, tmp_path, case):
-    document = json.loads((made / "bf16.json").read_bytes())
+def test_a_sealed_certificate_of_a_wrong_form_is_refused(certified, tmp_path, case):
+    document = json.loads((certified / "bf16.json").read_bytes())
     FORGED[case](document)
     document["seal"] = seal(document)
     (tmp_path / "c.json").write_text(json.dumps(document))
     with pytest.raises(FormatError, match="form") as caught:
-        mj.verify(made / "bf16", certificate=tmp_path / "c.json")
+        mj.verify(certified / "bf16", certificate=tmp_path / "c.json")
     assert caught.value.problems[0].file == str(tmp_path / "c.json")
 
 
@@ -84,22 +79,22 @@ def test_a_sealed_certificate_of_a_wrong_form_is_refused(made, tmp_path, case):
         (b'{"format":"' + FORMAT.encode() + b'","x":' + b"[" * 970 + b"]" * 970 + b"}", "form|seal|not valid JSON"),
     ],
 )
-def test_what_is_no_certificate_is_refused_before_the_work(made, tmp_path, content, words):
+def test_what_is_no_certificate_is_refused_before_the_work(certified, tmp_path, content, words):
     (tmp_path / "c.json").write_bytes(content)
     moments = []
     with pytest.raises(FormatError, match=words):
-        mj.verify(made / "hf", certificate=tmp_path / "c.json", progress=moments.append)
+        mj.verify(certified / "hf", certificate=tmp_path / "c.json", progress=moments.append)
     assert not moments
 
 
-def test_a_certificate_says_with_what_it_was_made(made):
-    told = json.loads((made / "hf.json").read_bytes())
+def test_a_certificate_says_with_what_it_was_made(certified):
+    told = json.loads((certified / "hf.json").read_bytes())
     assert told["versions"]["numpy"] == np.__version__ and told["versions"]["python"].startswith("3.")
     assert set(told["versions"]) == {"python", "minimax_jax", "jax", "jaxlib", "numpy", "ml_dtypes"}
     assert told["options"] == {"by": "value", "sample": None} and told["seal"] == seal(told)
     assert [layer["layer"] for layer in told["layers"]] == [None, 0, 1]
     files = told["checkpoints"][0]["files"]
     assert {name: fact["bytes"] for name, fact in files.items()} == {
-        file.name: file.stat().st_size for file in (made / "hf").iterdir()
+        file.name: file.stat().st_size for file in (certified / "hf").iterdir()
     }
     assert {fact["of"] for name, fact in files.items() if name.endswith(".safetensors")} == {"header"}

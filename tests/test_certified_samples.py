@@ -1,14 +1,13 @@
 """Samples of checkpoints, and numbers that a sound one does not hold."""
 
 import math
-import shutil
 
 import folders
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from certified_cases import CONFIG, EMBED, Q_PROJ, make, mismatches
+from certified_cases import CONFIG, EMBED, Q_PROJ, mismatches
 from command_line import run
 from folders import SUFFIX
 
@@ -17,52 +16,38 @@ from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import JobError
 from minimax_jax.jobs.numbers import unusual
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def copy(made, tmp_path):
-    def copied(name):
-        return shutil.copytree(made / name, tmp_path / name)
-
-    return copied
-
-
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_sample_is_always_the_same_part_in_any_layout(made):
+def test_a_sample_is_always_the_same_part_in_any_layout(certified):
     keys = {}
     for asked in ("1", "10%", 6, "100%"):
-        parts = [mj.verify(made / name, sample=asked) for name in ("hf", "fp8", "hf")]
+        parts = [mj.verify(certified / name, sample=asked) for name in ("hf", "fp8", "hf")]
         assert len({tuple(part.checkpoints[0].digests) for part in parts}) == 1
         keys[asked] = {digest.key for digest in parts[0].checkpoints[0].digests}
         assert parts[0].sample.entries == {"1": 1, "10%": 3, 6: 6, "100%": 27}[asked] and parts[0].sample.of == 27
-    assert keys["1"] < keys["10%"] < keys[6] < keys["100%"] == set(folders.stored(made / "hf"))
+    assert keys["1"] < keys["10%"] < keys[6] < keys["100%"] == set(folders.stored(certified / "hf"))
 
 
-def test_a_sample_compares_and_counts_its_part_alone(made):
+def test_a_sample_compares_and_counts_its_part_alone(certified):
     moments = []
-    seen = mj.verify(made / "hf", made / "bf16", sample="20%", progress=moments.append)
+    seen = mj.verify(certified / "hf", certified / "bf16", sample="20%", progress=moments.append)
     weights = {comparison.key for comparison in seen.comparisons}
     assert seen.good and weights == {d.key for d in seen.checkpoints[0].digests if not d.key.endswith(SUFFIX)}
-    assert len(weights) < len(folders.stored(made / "bf16")) and moments[-1].done_bytes == moments[0].total_bytes
+    assert len(weights) < len(folders.stored(certified / "bf16")) and moments[-1].done_bytes == moments[0].total_bytes
 
 
-def test_a_sample_and_a_certificate_meet_in_what_both_know(made, copy, tmp_path):
-    mj.verify(made / "hf", sample=9, output=tmp_path / "nine.json")
-    nine = mj.verify(made / "hf", certificate=tmp_path / "nine.json")
-    four = mj.verify(made / "hf", certificate=tmp_path / "nine.json", sample=4)
-    whole = mj.verify(made / "hf", certificate=made / "hf.json", sample=4)
+def test_a_sample_and_a_certificate_meet_in_what_both_know(certified, certified_copy, tmp_path):
+    mj.verify(certified / "hf", sample=9, output=tmp_path / "nine.json")
+    nine = mj.verify(certified / "hf", certificate=tmp_path / "nine.json")
+    four = mj.verify(certified / "hf", certificate=tmp_path / "nine.json", sample=4)
+    whole = mj.verify(certified / "hf", certificate=certified / "hf.json", sample=4)
     assert nine.good and four.good and whole.good
     assert (nine.sample.entries, four.sample.entries, whole.sample.entries) == (9, 4, 4)
     sampled = {digest.key for digest in nine.checkpoints[0].digests}
-    folder = copy("hf")
-    inside = next(key for key in folders.stored(made / "hf") if key in sampled)
-    outside = next(key for key in folders.stored(made / "hf") if key not in sampled)
+    folder = certified_copy("hf")
+    inside = next(key for key in folders.stored(certified / "hf") if key in sampled)
+    outside = next(key for key in folders.stored(certified / "hf") if key not in sampled)
     folders.flip_bit(folder, outside, 5)
     assert not mismatches(mj.verify(folder, certificate=tmp_path / "nine.json")) & {(outside, "sha256")}
     folders.flip_bit(folder, inside, 5)
@@ -70,17 +55,17 @@ def test_a_sample_and_a_certificate_meet_in_what_both_know(made, copy, tmp_path)
 
 
 @pytest.mark.parametrize("asked", ["0", "0%", "-1", "101%", "1.5", "x", "%", "", "nan%", "inf", "1e3", "٣"])
-def test_samples_that_make_no_sense_are_refused(made, asked):
+def test_samples_that_make_no_sense_are_refused(certified, asked):
     with pytest.raises(JobError, match="no such sample"):
-        mj.verify(made / "hf", sample=asked)
-    run("verify", made / "hf", "--sample", asked, code=2)
+        mj.verify(certified / "hf", sample=asked)
+    run("verify", certified / "hf", "--sample", asked, code=2)
 
 
 # --- numbers that a sound checkpoint does not hold -------------------------------------------------------------------
 
 
-def test_unusual_codes_scales_and_floats_are_counted_and_change_nothing(made, copy):
-    folder = copy("hf")
+def test_unusual_codes_scales_and_floats_are_counted_and_change_nothing(certified, certified_copy):
+    folder = certified_copy("hf")
 
     def codes(weight):
         weight.view(torch.uint8)[0, :3] = torch.tensor([0x7F, 0xFF, 0x7E], dtype=torch.uint8)
@@ -109,7 +94,7 @@ def test_unusual_codes_scales_and_floats_are_counted_and_change_nothing(made, co
         (EMBED, "infinity"): CONFIG.hidden_size,
     }
     assert mj.verify(folder, folder, by="bytes").good
-    assert "unusual numbers" in run("verify", folder)[0] and mj.verify(made / "hf").checkpoints[0].unusual == ()
+    assert "unusual numbers" in run("verify", folder)[0] and mj.verify(certified / "hf").checkpoints[0].unusual == ()
 
 
 # --- on the command line ---------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ SAME_AS = {"synth": "inspect", "demo": "verify"}
 """Commands that print what another does."""
 
 FREE = {"config", "mesh.axes", "versions", "weights", "layers[].weights", "tensors"}
-"""Objects whose keys are told in words: names of libraries, of axes, of attributes."""
+FREE |= {"checkpoints[].left_out_tensors", "checkpoints[].files.*.metadata"}
+"""Objects whose keys are told in words: names of libraries, of axes, of attributes, of tensors."""
 
 LIKE = {"tree[].children": "tree", "experts": "statistics"}
 """Lists whose members have a form that is told elsewhere on the page; so has `left_out` but for one."""

@@ -36,7 +36,8 @@ def verify(first: str | Path, second: str | Path | None, out: Output, **chosen: 
     """Compare two checkpoints, in any two layouts, and certify every tensor; or digest one.
 
     By value, FP8 weights are dequantised and compared in the less precise dtype of the two; by bytes, dtypes, codes and
-    scales must be the same. An earlier certificate tells any bit that has changed since. Exits with 1 on a difference.
+    scales must be the same. An earlier certificate tells any bit that has changed since; the same tensors in other
+    files are no difference to it, unless by bytes. Exits with 1 on a difference.
     """
     from minimax_jax.jobs import front, verify_report
     from minimax_jax.jobs.certificate import certificate

@@ -32,8 +32,9 @@ from minimax_jax.io.source import open_file
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 DATA_ALIGNMENT_BYTES = 64  # jax.device_put takes 64-byte aligned host memory without a copy
 METADATA_KEY = "__metadata__"
+PREFIX_BYTES = 8
+"""The length of the header, before it."""
 
-_PREFIX_BYTES = 8
 _MAX_SIZE = 2**63 - 1
 _MAX_AXES = 64  # numpy's limit
 _ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
@@ -101,10 +102,10 @@ def read_header(file: Location) -> Header:
     opened = open_file(file)
     try:
         file_bytes = opened.state.nbytes
-        prefix = bytearray(min(_PREFIX_BYTES, file_bytes))
+        prefix = bytearray(min(PREFIX_BYTES, file_bytes))
         opened.read_into(0, memoryview(prefix))
         text = bytearray(_header_length(bytes(prefix), file, file_bytes))
-        opened.read_into(_PREFIX_BYTES, memoryview(text))
+        opened.read_into(PREFIX_BYTES, memoryview(text))
     finally:
         opened.close()
     header = parse_header(bytes(text), file=file, file_bytes=file_bytes)
@@ -126,7 +127,7 @@ def parse_header(text: bytes, *, file: Location, file_bytes: int) -> Header:
     problems = list(_metadata_problems(metadata, file))
     problems += (_problem(key, fault, file) for key, entry in entries.items() for fault in _entry_faults(entry))
     raise_if(problems, FormatError)
-    data_start = _PREFIX_BYTES + len(text)
+    data_start = PREFIX_BYTES + len(text)
     infos = [_info(key, entry, file, data_start) for key, entry in entries.items()]
     infos.sort(key=_place)
     raise_if(_range_problems(infos, data_start, file, file_bytes), FormatError)
@@ -146,7 +147,7 @@ def serialise_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], m
         entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": (start, start + nbytes)}
         start += nbytes
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-(_PREFIX_BYTES + len(text)) % DATA_ALIGNMENT_BYTES)
+    text += b" " * (-(PREFIX_BYTES + len(text)) % DATA_ALIGNMENT_BYTES)
     return struct.pack("<Q", len(text)) + text
 
 
@@ -173,8 +174,8 @@ def _are_offsets(value: object) -> bool:
 
 
 def _header_length(prefix: bytes, file: Location, file_bytes: int) -> int:
-    if len(prefix) < _PREFIX_BYTES:
-        raise FormatError(short_file(file, expected_bytes=_PREFIX_BYTES, got_bytes=file_bytes))
+    if len(prefix) < PREFIX_BYTES:
+        raise FormatError(short_file(file, expected_bytes=PREFIX_BYTES, got_bytes=file_bytes))
     (length,) = struct.unpack("<Q", prefix)
     if prefix == _LFS_POINTER:
         remedy = "fetch the file itself: git lfs pull"
@@ -186,8 +187,8 @@ def _header_length(prefix: bytes, file: Location, file_bytes: int) -> int:
         what, expected = "header too long: not a safetensors file", f"at most {MAX_HEADER_BYTES:,} bytes"
         got, remedy = f"{length:,} bytes", "give a safetensors file: download this one again, or find what it really is"
         raise FormatError(Problem(what=what, file=str(file), expected=expected, got=got, remedy=remedy))
-    if _PREFIX_BYTES + length > file_bytes:
-        raise FormatError(short_file(file, expected_bytes=_PREFIX_BYTES + length, got_bytes=file_bytes))
+    if PREFIX_BYTES + length > file_bytes:
+        raise FormatError(short_file(file, expected_bytes=PREFIX_BYTES + length, got_bytes=file_bytes))
     return int(length)
 
 

@@ -13,9 +13,10 @@ from typing import Any
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.io.files import io_errors
 from minimax_jax.io.jsonfile import write_json_atomic
-from minimax_jax.jobs.certified import FORMAT, SEAL, Held, seal
+from minimax_jax.jobs.certified import FORMAT, SEAL, seal
 from minimax_jax.jobs.compare import RELATIONS, Comparison
 from minimax_jax.jobs.digests import Digest, FileDigest
+from minimax_jax.jobs.held import Held
 from minimax_jax.jobs.left_out import left_out_json
 from minimax_jax.jobs.verification import Digested, LayerSummary, Verification
 
@@ -96,13 +97,19 @@ def _checkpoint(checkpoint: Digested) -> dict[str, Any]:
         "config_sha256": checkpoint.config,
         "unread_attributes": list(checkpoint.unread),
         "left_out": left_out_json(checkpoint.left_out),
+        "left_out_tensors": {digest.key: _fact(digest) for digest in checkpoint.aside},
         "unusual": [{"key": each.key, "what": each.what, "count": each.count} for each in checkpoint.unusual],
         "files": {file.name: _file(file) for file in checkpoint.files},
     }
 
 
 def _file(file: FileDigest) -> dict[str, Any]:
-    return {"bytes": file.nbytes, "sha256": file.sha256, "of": "header" if file.of_weights else "file"}
+    told = {"bytes": file.nbytes, "sha256": file.sha256, "of": "header" if file.of_weights else "file"}
+    return told | ({"metadata": dict(file.texts)} if file.of_weights else {})
+
+
+def _fact(digest: Digest) -> dict[str, Any]:
+    return {"dtype": digest.dtype, "shape": list(digest.shape), "sha256": digest.sha256}
 
 
 def _difference(comparison: Comparison) -> dict[str, Any]:
@@ -148,5 +155,5 @@ def _tensors(digests: Sequence[Sequence[Digest]]) -> Iterator[tuple[str, Any]]:
     tables = [{digest.key: digest for digest in each} for each in digests]
     for key in dict.fromkeys(key for table in tables for key in table):
         found = [table.get(key) for table in tables]
-        facts = [None if d is None else {"dtype": d.dtype, "shape": list(d.shape), "sha256": d.sha256} for d in found]
+        facts = [None if digest is None else _fact(digest) for digest in found]
         yield key, facts[0] if all(fact == facts[0] for fact in facts) else facts

@@ -1,33 +1,23 @@
-"""A certificate that was written earlier, read back; and a checkpoint held against it."""
+"""A certificate that was written earlier, read back."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from minimax_jax.errors import FormatError, Problem
 from minimax_jax.io import source as places
-from minimax_jax.io.checkpoint import INDEX_SUFFIX
 from minimax_jax.io.header import is_shape
 from minimax_jax.io.jsonfile import is_text, parse_object, shown
 from minimax_jax.jobs.digests import Digest, FileDigest, overall
-from minimax_jax.jobs.source import SIDECAR
-from minimax_jax.layout.config import CONFIG_NAME
 
-FORMAT = "minimax_jax certificate 2"
+FORMAT = "minimax_jax certificate 3"
 SEAL = "seal"
-
-What: TypeAlias = Literal["sha256", "dtype", "shape", "missing", "extra", "file", "config"]
-
-_NOT_ALIKE = (
-    "another layout, or weights in files of other names: tensors, what config.json says and the files beside the "
-    "weights were held against it, but not the files of the weights themselves, nor tensors in them that were left out"
-)
 
 _MOST_BYTES = 2**28
 """A certificate of two checkpoints that differ in each of 96,103 tensors takes 45 MB."""
@@ -42,6 +32,7 @@ class Certified:
         layout: which layout it had.
         config: digest of what its config.json said.
         tensors: digests by Hugging Face name.
+        left_out: digests of tensors in its files that were left out, by the names that they have there.
         files: digests of its files by name.
     """
 
@@ -49,6 +40,7 @@ class Certified:
     layout: str
     config: str
     tensors: Mapping[str, Digest]
+    left_out: Mapping[str, Digest]
     files: Mapping[str, FileDigest]
 
 
@@ -67,42 +59,6 @@ class Certificate:
     checkpoints: tuple[Certified, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Mismatch:
-    """Something that is not as the certificate says: a tensor, or a file.
-
-    Attributes:
-        name: of the tensor in the Hugging Face form, or of the file.
-        what: what differs; `missing` and `extra` are seen from the certificate.
-    """
-
-    name: str
-    what: What
-    expected: str | None = None
-    got: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """A checkpoint held against a certificate.
-
-    Attributes:
-        file: the certificate.
-        path: which of the checkpoints that it speaks of: the one that fits best.
-        tensors: how many tensors were held against it.
-        files: how many files were held against it byte for byte.
-        mismatches: all that differs.
-        notes: what was not held against it, in words.
-    """
-
-    file: Path
-    path: str
-    tensors: int
-    files: int
-    mismatches: tuple[Mismatch, ...]
-    notes: tuple[str, ...]
-
-
 def read_certificate(file: str | Path) -> Certificate:
     """Read a certificate and check that it is whole.
 
@@ -113,8 +69,9 @@ def read_certificate(file: str | Path) -> Certificate:
     text = places.read_whole(file, most_bytes=_MOST_BYTES, what="certificate")
     document = parse_object(text, file=file, what="certificate")
     if document.get("format") != FORMAT:
-        got = reprlib.repr(document.get("format"))
-        raise FormatError(Problem(what="not a certificate of a known form", file=str(file), expected=FORMAT, got=got))
+        what, got = "not a certificate of a known form", reprlib.repr(document.get("format"))
+        remedy = "make a new one of a checkpoint that you trust: minimax-jax verify CHECKPOINT -o FILE"
+        raise FormatError(Problem(what=what, file=str(file), expected=FORMAT, got=got, remedy=remedy))
     try:
         if document.get(SEAL) != seal(document):
             what, remedy = "certificate is damaged: its seal does not fit", "take a good copy of it"
@@ -133,100 +90,6 @@ def seal(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def hold(
-    certificate: Certificate,
-    layout: str,
-    config: str,
-    digests: Sequence[Digest],
-    files: Sequence[FileDigest],
-    looked_at: Callable[[str], bool],
-) -> Held:
-    """Hold a checkpoint against a certificate, or against that of its two checkpoints that fits best.
-
-    Args:
-        certificate: what to hold it against.
-        layout: the checkpoint's layout.
-        config: digest of what its config.json says.
-        digests: its tensors.
-        files: its files; the certificate itself may be one of them, and extra ones do not matter.
-        looked_at: of a name that has no digest, whether it would have one if there were such a tensor.
-    """
-    ours = {digest.key: digest for digest in digests}
-    around = {file.name: file for file in files}
-    each = [_held(certificate.file, one, layout, config, ours, around, looked_at) for one in certificate.checkpoints]
-    return min(each, key=lambda held: len(held.mismatches))
-
-
-def _held(
-    file: Path,
-    certified: Certified,
-    layout: str,
-    config: str,
-    ours: Mapping[str, Digest],
-    files: Mapping[str, FileDigest],
-    looked_at: Callable[[str], bool],
-) -> Held:
-    known = {name: one for name, one in certified.files.items() if name != file.name}
-    ours_of_weights = _weight_files(files)
-    alike = layout == certified.layout and ours_of_weights == _weight_files(known)
-    mismatches = list(_tensor_mismatches(certified.tensors, ours, looked_at))
-    if config != certified.config:
-        mismatches.append(Mismatch(name=CONFIG_NAME, what="config", expected=certified.config, got=config))
-    if not alike:
-        due = SIDECAR in files or (layout == certified.layout and bool(ours_of_weights))  # an Orbax checkpoint has none
-        known = {name: one for name, one in known.items() if _is_beside(one, sidecar=due)}
-    mismatches += _file_mismatches(known, files)
-    return Held(
-        file=file,
-        path=certified.path,
-        tensors=len(ours),
-        files=len(known),
-        mismatches=tuple(mismatches),
-        notes=() if alike else (_NOT_ALIKE,),
-    )
-
-
-def _is_beside(file: FileDigest, *, sidecar: bool) -> bool:
-    """Whether a file lies beside the weights whatever those are called, such as one of the tokenizer.
-
-    Args:
-        file: any file of a certificate.
-        sidecar: whether the sidecar counts, which belongs to some layouts alone.
-    """
-    if file.name == SIDECAR:
-        return sidecar
-    return not file.of_weights and file.name != CONFIG_NAME and not file.name.endswith(INDEX_SUFFIX)
-
-
-def _weight_files(files: Mapping[str, FileDigest]) -> set[str]:
-    return {name for name, file in files.items() if file.of_weights}
-
-
-def _tensor_mismatches(
-    known: Mapping[str, Digest], ours: Mapping[str, Digest], looked_at: Callable[[str], bool]
-) -> Iterator[Mismatch]:
-    for key, digest in ours.items():
-        if key not in known:
-            yield Mismatch(name=key, what="extra")
-            continue
-        for what in ("dtype", "shape", "sha256"):
-            expected, got = (str(getattr(one, what)) for one in (known[key], digest))
-            if expected != got:
-                yield Mismatch(name=key, what=what, expected=expected, got=got)
-    for key in known:
-        if key not in ours and looked_at(key):
-            yield Mismatch(name=key, what="missing")
-
-
-def _file_mismatches(known: Mapping[str, FileDigest], ours: Mapping[str, FileDigest]) -> Iterator[Mismatch]:
-    for name, file in known.items():
-        if name not in ours:
-            yield Mismatch(name=name, what="missing")
-        elif ours[name] != file:
-            expected, got = (f"{one.nbytes:,} bytes, sha256 {one.sha256}" for one in (file, ours[name]))
-            yield Mismatch(name=name, what="file", expected=expected, got=got)
-
-
 def _checkpoints(document: Mapping[str, Any]) -> Iterator[Certified]:
     told = document["checkpoints"]
     if not isinstance(told, list) or not 1 <= len(told) <= 2:
@@ -235,9 +98,9 @@ def _checkpoints(document: Mapping[str, Any]) -> Iterator[Certified]:
         tensors = dict(_tensors(document["tensors"], number))
         if one["sha256"] != overall(tensors.values()):
             raise ValueError("the digest of the whole is not that of its tensors")
-        files = dict(_files(one["files"]))
+        left_out, files = dict(_tensors(one["left_out_tensors"], number)), dict(_files(one["files"]))
         path, layout, config = (_text(one[name]) for name in ("path", "layout", "config_sha256"))
-        yield Certified(path=path, layout=layout, config=config, tensors=tensors, files=files)
+        yield Certified(path=path, layout=layout, config=config, tensors=tensors, left_out=left_out, files=files)
 
 
 def _tensors(told: Mapping[str, Any], number: int) -> Iterator[tuple[str, Digest]]:
@@ -256,7 +119,9 @@ def _files(told: Mapping[str, Any]) -> Iterator[tuple[str, FileDigest]]:
         nbytes, of_weights = fact["bytes"], fact["of"] == "header"
         if type(nbytes) is not int:
             raise ValueError(f"size of {name}")
-        yield name, FileDigest(name=name, nbytes=nbytes, sha256=_text(fact["sha256"]), of_weights=of_weights)
+        sha256, texts = _text(fact["sha256"]), fact["metadata"] if of_weights else {}
+        digests = tuple(sorted((text, _text(digest)) for text, digest in texts.items()))
+        yield name, FileDigest(name=name, nbytes=nbytes, sha256=sha256, of_weights=of_weights, texts=digests)
 
 
 def _text(value: object) -> str:

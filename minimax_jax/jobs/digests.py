@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
-import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,11 @@ from minimax_jax.dtypes import NAMES
 from minimax_jax.io import source as places
 from minimax_jax.io.checkpoint import side_files
 from minimax_jax.io.files import FileState
+from minimax_jax.io.header import METADATA_KEY, PREFIX_BYTES
+from minimax_jax.io.jsonfile import parse_object
 from minimax_jax.io.location import Location
 from minimax_jax.jobs.compare import bytes_of
-from minimax_jax.jobs.source import Source
+from minimax_jax.jobs.source import Source, by_ranges
 from minimax_jax.layout.config import CONFIG_NAME
 
 _PIECE_BYTES = 2**22
@@ -40,15 +43,17 @@ class FileDigest:
     Attributes:
         name: path in the checkpoint's folder.
         nbytes: size of the whole file.
-        sha256: of all its bytes; of a file of weights, of all but the model's tensors, which have digests of their own:
-            of what stands before the data, and of tensors that were left out. Together they leave no byte out.
+        sha256: of all its bytes; of a file of weights, of what stands before the data. Its tensors, those that are left
+            out as well, have digests of their own: together they leave no byte out.
         of_weights: whether it is a file of weights.
+        texts: of a file of weights, each name in the text of its header (`__metadata__`) with a digest of what it says.
     """
 
     name: str
     nbytes: int
     sha256: str
     of_weights: bool
+    texts: tuple[tuple[str, str], ...] = ()
 
 
 def digest_of(key: str, tensor: npt.NDArray[Any]) -> Digest:
@@ -74,50 +79,75 @@ def config_digest(source: Source) -> str:
 
 
 def file_digests(source: Source) -> Iterator[FileDigest]:
-    """The files of a checkpoint: weights, index, config, sidecar and side files. No weight of the model is read.
-
-    Bytes of tensors that were left out are read; of an Orbax checkpoint, which hides what files it has, they are not.
+    """The files of a checkpoint: weights, index, config, sidecar and side files. No tensor is read.
 
     Raises:
         FormatError: a file is lost, cannot be read, or has changed since the checkpoint was opened.
     """
     checkpoint = source.checkpoint
     folder = source.path if places.is_folder(source.path) else source.path.parent
-    ranges = _ranges_of_weights(source)
     for file in checkpoint.files:
-        yield _file_digest(file, folder, checkpoint.states.get(file), ranges.get(file))
+        yield _header_digest(file, folder, checkpoint.states.get(file))
     index = () if checkpoint.index_file is None else (checkpoint.index_file,)
     sidecar = sorted({info.file for info in source.sidecar.values()})
     for file in (*index, folder / CONFIG_NAME, *sidecar, *side_files(source.path)):
         yield _file_digest(file, folder, checkpoint.states.get(file))
 
 
-def _ranges_of_weights(source: Source) -> dict[Location, list[tuple[int, int]]]:
-    """Of each file of weights, the bytes that are not in a tensor of the model: from and to."""
-    aside = [info for part in source.left_out for info in part.tensors]
-    begins: dict[Location, int] = {}
-    for info in itertools.chain(source.checkpoint.tensors.values(), aside):
-        begins[info.file] = min(info.start, begins.get(info.file, info.start))
-    ranges = {file: [(0, start)] for file, start in begins.items()}
-    for info in sorted(aside, key=lambda info: info.start):
-        ranges[info.file].append((info.start, info.stop))
-    return ranges
+def left_out_digests(source: Source) -> Iterator[Digest]:
+    """The tensors of a checkpoint that were left out, by the names that they have there; they are read for it.
+
+    Raises:
+        FormatError: a file cannot be read, or has changed since the checkpoint was opened.
+    """
+    aside = {info.key: info for part in source.left_out for info in part.tensors}
+    if not aside:
+        return
+    with by_ranges(source).open_reader(dataclasses.replace(source.checkpoint, tensors=aside)) as reader:
+        for key, info in aside.items():
+            sha256 = _sha256(functools.partial(reader.read_into, info.file), info.start, info.stop)
+            yield Digest(key=key, dtype=info.dtype, shape=info.shape, sha256=sha256)
 
 
-def _file_digest(
-    file: Location, folder: Location, state: FileState | None, ranges: Sequence[tuple[int, int]] | None = None
-) -> FileDigest:
-    """The digest of some ranges of a file of weights, or of the whole of another file."""
+def _file_digest(file: Location, folder: Location, state: FileState | None) -> FileDigest:
     opened = places.open_file(file, state)
     try:
         nbytes = opened.state.nbytes
-        sha256 = hashlib.sha256()
-        for start, stop in ((0, nbytes),) if ranges is None else ranges:
-            for first in range(start, stop, _PIECE_BYTES):
-                piece = bytearray(min(_PIECE_BYTES, stop - first))
-                opened.read_into(first, memoryview(piece))
-                sha256.update(piece)
+        sha256 = _sha256(opened.read_into, 0, nbytes)
     finally:
         opened.close()
-    name = str(file)[len(str(folder)) + 1 :]
-    return FileDigest(name=name, nbytes=nbytes, sha256=sha256.hexdigest(), of_weights=ranges is not None)
+    return FileDigest(name=_name(file, folder), nbytes=nbytes, sha256=sha256, of_weights=False)
+
+
+def _header_digest(file: Location, folder: Location, state: FileState | None) -> FileDigest:
+    """The digest of a file of weights, whose header has been checked before."""
+    opened = places.open_file(file, state)
+    try:
+        prefix = bytearray(PREFIX_BYTES)
+        opened.read_into(0, memoryview(prefix))
+        header = bytearray(int.from_bytes(prefix, "little"))
+        opened.read_into(PREFIX_BYTES, memoryview(header))
+    finally:
+        opened.close()
+    found = parse_object(bytes(header), file=file, what="header").get(METADATA_KEY, {})
+    return FileDigest(
+        name=_name(file, folder),
+        nbytes=opened.state.nbytes,
+        sha256=hashlib.sha256(prefix + header).hexdigest(),
+        of_weights=True,
+        texts=tuple(sorted((name, hashlib.sha256(text.encode()).hexdigest()) for name, text in found.items())),
+    )
+
+
+def _sha256(read_into: Callable[[int, memoryview], None], start: int, stop: int) -> str:
+    """The SHA-256 of a range of bytes, read some at a time."""
+    sha256 = hashlib.sha256()
+    for first in range(start, stop, _PIECE_BYTES):
+        piece = bytearray(min(_PIECE_BYTES, stop - first))
+        read_into(first, memoryview(piece))
+        sha256.update(piece)
+    return sha256.hexdigest()
+
+
+def _name(file: Location, folder: Location) -> str:
+    return str(file)[len(str(folder)) + 1 :]

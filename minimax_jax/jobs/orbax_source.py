@@ -88,7 +88,8 @@ class _Array:
 
     def __init__(self, rows: Rows, info: TensorInfo):
         self.state = FileState(nbytes=info.nbytes, tag="Orbax")
-        self._rows, self._row_bytes = rows, info.nbytes // info.shape[0]
+        self._rows, self._shape = rows, info.shape
+        self._row_bytes = info.nbytes // (info.shape[0] if info.shape else 1)
         self._last: tuple[int, int, memoryview] = (0, 0, memoryview(b""))
 
     def read_into(self, start: int, buffer: memoryview) -> None:
@@ -97,7 +98,11 @@ class _Array:
         stop = -(-(start + buffer.nbytes) // self._row_bytes)
         low, high, held = self._last  # short reads come one after another from the same rows
         if not low <= first < stop <= high:
-            low, high, held = first, stop, as_bytes(self._rows.read(first, stop))
+            low, high, held = (
+                first,
+                stop,
+                as_bytes(self._rows.read(first, stop) if self._shape else self._rows.read_region(())),
+            )
             self._last = (low, high, held) if stop - first == 1 else self._last
         offset = start - low * self._row_bytes
         buffer[:] = held[offset : offset + buffer.nbytes]

@@ -8,9 +8,9 @@ from typing import Any, Literal, TypeAlias
 
 from minimax_jax.display import Displayed
 from minimax_jax.io.location import Location
-from minimax_jax.jobs.certified import Held
 from minimax_jax.jobs.compare import Comparison, Relation
 from minimax_jax.jobs.digests import Digest, FileDigest, overall
+from minimax_jax.jobs.held import Held
 from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.numbers import Unusual
 from minimax_jax.jobs.sample import Sample
@@ -33,7 +33,8 @@ class Digested:
         files: the files that hold them and that lie beside them.
         unusual: numbers that a sound checkpoint does not hold; they are told, and make no difference.
         unread: attributes of config.json that were left unread.
-        left_out: tensors in its files that are not the model's; they were not looked at.
+        left_out: tensors in its files that are not the model's.
+        aside: their digests, by the names that they have there.
     """
 
     path: Location
@@ -46,6 +47,7 @@ class Digested:
     unusual: tuple[Unusual, ...]
     unread: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
+    aside: tuple[Digest, ...]
 
     @property
     def sha256(self) -> str:

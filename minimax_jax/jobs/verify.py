@@ -18,9 +18,10 @@ import numpy as np
 from minimax_jax.errors import JobError, Problem, RequestError
 from minimax_jax.jobs.architecture import require_same_architecture
 from minimax_jax.jobs.budget import require_workers
-from minimax_jax.jobs.certified import Certificate, Held, hold
+from minimax_jax.jobs.certified import Certificate, Certified
 from minimax_jax.jobs.compare import RELATIONS
-from minimax_jax.jobs.digests import config_digest, file_digests, overall
+from minimax_jax.jobs.digests import config_digest, file_digests, left_out_digests, overall
+from minimax_jax.jobs.held import Held, hold
 from minimax_jax.jobs.look import Look, look_at, pieces
 from minimax_jax.jobs.numbers import merged
 from minimax_jax.jobs.sample import Sample, draw
@@ -47,7 +48,8 @@ def verify(
     Args:
         first: an opened checkpoint.
         second: what to hold against it; None only digests `first`.
-        by: `bytes` asks for the same dtypes and bytes; `value` for the same weights, FP8 dequantised.
+        by: `bytes` asks for the same dtypes and bytes; `value` for the same weights, FP8 dequantised. Tensors are held
+            against a certificate byte for byte in any case; `bytes` asks for the same files of weights as well.
         sample: look at a part only: a share such as `5%` or a number of native tensors such as `40`, always the same.
         certificate: an earlier one to hold `first` against, byte for byte; where that is of a sample, only what it
             speaks of is looked at.
@@ -75,7 +77,7 @@ def verify(
         checkpoints=checkpoints,
         comparisons=tuple(comparison for look in looks for comparison in look.comparisons),
         layers=tuple(_layers(looks)),
-        held=None if certificate is None else _hold(certificate, first, checkpoints[0], entries),
+        held=None if certificate is None else _hold(certificate, first, checkpoints[0], entries, by),
     )
 
 
@@ -130,6 +132,7 @@ def _digested(source: Source, which: int, looks: Sequence[Look]) -> Digested:
         unusual=merged(found for look in looks for found in look.unusual[which]),
         unread=tuple(sorted(source.config.extra)),
         left_out=source.left_out,
+        aside=tuple(left_out_digests(source)),
     )
 
 
@@ -153,11 +156,19 @@ def _layers(looks: Sequence[Look]) -> Iterator[LayerSummary]:
         )
 
 
-def _hold(certificate: Certificate, source: Source, seen: Digested, entries: Sequence[Entry]) -> Held:
+def _hold(certificate: Certificate, source: Source, seen: Digested, entries: Sequence[Entry], by: By) -> Held:
     chosen = {key for entry in entries for key in itertools.chain(*entry.keys)}
     places = source.survey.specs.places
 
     def looked_at(key: str) -> bool:
         return key not in places or key.removesuffix(SCALE_SUFFIX) in chosen
 
-    return hold(certificate, seen.layout, seen.config, seen.digests, seen.files, looked_at)
+    ours = Certified(
+        path=str(seen.path),
+        layout=seen.layout,
+        config=seen.config,
+        tensors={digest.key: digest for digest in seen.digests},
+        left_out={digest.key: digest for digest in seen.aside},
+        files={file.name: file for file in seen.files},
+    )
+    return hold(certificate, ours, looked_at, same_files=by == "bytes")

@@ -15,7 +15,7 @@ from minimax_jax.io.jsonfile import shown
 from minimax_jax.jobs.compare import RELATIONS, Comparison
 
 if TYPE_CHECKING:
-    from minimax_jax.jobs.certified import Held, What
+    from minimax_jax.jobs.held import Held, What
     from minimax_jax.jobs.verification import Digested, LayerSummary, Verification
 
 _SHOWN = 20
@@ -135,6 +135,7 @@ _DIFFERS: Mapping[What, tuple[str, str]] = {
     "missing": ("missing", "missing"),
     "extra": ("that the certificate does not have", "that the certificate does not have"),
     "file": ("file of other bytes", "files of other bytes"),
+    "text": ("header with other text", "headers with other text"),
     "config": ("config.json that says something else", "config.json that say something else"),
 }
 
