@@ -19,7 +19,7 @@ PACKAGE = "minimax_jax"
 
 # From the lowest to the highest: a module imports from lower floors and from its own package alone.
 FLOORS = (
-    ("errors", "progress", "display", "bulk"),
+    ("errors", "progress", "display", "bulk", "nearby"),
     ("dtypes",),
     ("layout",),
     ("ops",),
@@ -39,12 +39,25 @@ RANK = {name: rank for rank, names in enumerate(FLOORS) for name in names}
 
 # `layout` knows no arrays, `ops` no names, `io` neither: of the project they may import these alone.
 NARROW = {
-    "layout": {"errors", "dtypes", "display", "bulk"},
+    "layout": {"errors", "dtypes", "display", "bulk", "nearby"},
     "ops": {"errors", "dtypes", "display"},
-    "io": {"errors", "dtypes", "bulk"},
+    "io": {"errors", "dtypes", "bulk", "nearby"},
 }
 
-WITHOUT_JAX = {"", "errors", "progress", "display", "bulk", "dtypes", "layout", "io", "trees", "cli", "console"}
+WITHOUT_JAX = {
+    "",
+    "errors",
+    "progress",
+    "display",
+    "bulk",
+    "nearby",
+    "dtypes",
+    "layout",
+    "io",
+    "trees",
+    "cli",
+    "console",
+}
 TABLE = ("layout/table.py", "layout/forms.py")
 KEY_TEXT = (
     *("block_sparse_moe", "_scale_inv", "gate_and_up_projs", "down_projs", "input_layernorm", "embed_tokens"),

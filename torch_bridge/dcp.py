@@ -43,6 +43,7 @@ from minimax_jax.jobs.scales import scale_remarks
 from minimax_jax.jobs.source import Source, require_own_layout
 from minimax_jax.jobs.streamed import StreamedPlan
 from minimax_jax.layout.config import MiniMaxConfig
+from minimax_jax.nearby import did_you_mean
 from minimax_jax.progress import Progress, Ticker
 from torch_bridge import ranks
 from torch_bridge.arrays import TORCH
@@ -320,4 +321,6 @@ def _own_errors(kind: type[CheckpointError], what: str, path: Path) -> Iterator[
         for cause in causes:
             if isinstance(cause, CheckpointError) or not isinstance(cause, Exception):
                 raise cause from error
-        raise kind(Problem(what=what, file=str(path), got=f"{type(causes[0]).__name__}: {causes[0]}")) from error
+        got = f"{type(causes[0]).__name__}: {causes[0]}"
+        remedy = did_you_mean(path) if kind is FormatError else None
+        raise kind(Problem(what=what, file=str(path), got=got, remedy=remedy)) from error

@@ -88,7 +88,7 @@ def open_checkpoint(path: Location) -> Checkpoint:
     """
     path = source.pin(path)
     if isinstance(path, Path):
-        with io_errors(FormatError, "no checkpoint can be opened here", path):
+        with io_errors(FormatError, "no checkpoint can be opened here", path, given=True):
             path.stat()
     if source.is_folder(path):
         return _open_folder(path)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from minimax_jax.errors import CheckpointError, FormatError, JobError, Problem
 from minimax_jax.io.location import Location
+from minimax_jax.nearby import did_you_mean
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
 
@@ -57,12 +58,20 @@ class FileState:
 
 
 @contextmanager
-def io_errors(kind: type[CheckpointError], what: str, file: Location) -> Iterator[None]:
-    """Turn an OSError inside the block into `kind`, saying `what` could not be done to `file`."""
+def io_errors(kind: type[CheckpointError], what: str, file: Location, *, given: bool = False) -> Iterator[None]:
+    """Turn an OSError inside the block into `kind`, saying `what` could not be done to `file`.
+
+    Args:
+        kind: the error to raise.
+        what: what could not be done.
+        file: to what.
+        given: whether it is there that a user has said it is: what has a name like it is told where it is not.
+    """
     try:
         yield
     except OSError as error:
-        raise kind(Problem(what=what, file=str(file), got=error.strerror or str(error))) from error
+        remedy = did_you_mean(file) if given and isinstance(file, Path) else None
+        raise kind(Problem(what=what, file=str(file), got=error.strerror or str(error), remedy=remedy)) from error
 
 
 def open_regular(file: Path) -> int:

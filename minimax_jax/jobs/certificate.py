@@ -19,6 +19,7 @@ from minimax_jax.jobs.digests import Digest, FileDigest
 from minimax_jax.jobs.held import Held
 from minimax_jax.jobs.left_out import left_out_json
 from minimax_jax.jobs.verification import Digested, LayerSummary, Verification
+from minimax_jax.nearby import did_you_mean
 
 _BEGINNING, _BEGINNING_BYTES = b'"format": "minimax_jax certificate', 64
 """What a certificate begins with, of whatever form, behind its brace; and what is read to find it."""
@@ -72,7 +73,7 @@ def require_place(file: str | Path, what: str, beginning: bytes) -> None:
     """
     file, begins = Path(file), b""
     if not os.access(file.parent, os.W_OK | os.X_OK) or (file.exists() and not file.is_file()):
-        remedy = "name a file in a folder that exists and may be written to"
+        remedy = did_you_mean(file.parent, "name a file in a folder that exists and may be written to")
         raise JobError(Problem(what=f"{what} cannot be written", file=str(file), remedy=remedy))
     if file.exists():
         with io_errors(JobError, f"{what} cannot be written", file), file.open("rb") as stream:

@@ -12,6 +12,7 @@ from typing import Any
 
 from minimax_jax.errors import FormatError, Problem
 from minimax_jax.io import source as places
+from minimax_jax.io.files import io_errors
 from minimax_jax.io.header import is_shape
 from minimax_jax.io.jsonfile import is_text, parse_object, shown
 from minimax_jax.jobs.digests import Digest, FileDigest, overall
@@ -66,6 +67,8 @@ def read_certificate(file: str | Path) -> Certificate:
         FormatError: it is missing, damaged, or of a form that is not known.
     """
     file = Path(file)
+    with io_errors(FormatError, "file cannot be opened", file, given=True):
+        file.stat()
     text = places.read_whole(file, most_bytes=_MOST_BYTES, what="certificate")
     document = parse_object(text, file=file, what="certificate")
     if document.get("format") != FORMAT:

@@ -18,6 +18,7 @@ from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.source import Source, open_source
 from minimax_jax.jobs.verification import Digested
 from minimax_jax.jobs.verify import verify
+from minimax_jax.nearby import did_you_mean
 from minimax_jax.progress import Progress
 
 
@@ -122,8 +123,9 @@ def _folder(path: str | Path) -> Path:
     """A folder of this machine: all of it goes up, and the certificate and the card go into it."""
     if Path(path).is_dir():
         return Path(path)
-    what, remedy = "not a folder of this machine", "give the folder that holds the checkpoint, converted if need be"
-    raise JobError(Problem(what=f"{what}, and nothing else is pushed", got=str(path), remedy=remedy))
+    what = "not a folder of this machine, and nothing else is pushed"
+    remedy = did_you_mean(Path(path), "give the folder that holds the checkpoint, converted if need be")
+    raise JobError(Problem(what=what, got=str(path), remedy=remedy))
 
 
 def _certified(source: Source, file: Path, workers: int, progress: Callable[[Progress], None] | None) -> Digested:

@@ -27,6 +27,7 @@ from minimax_jax.layout.config import CONFIG_NAME, MOST_CONFIG_BYTES, MiniMaxCon
 from minimax_jax.layout.forms import FORMS
 from minimax_jax.layout.specs import Entry, TensorSpec
 from minimax_jax.layout.table import SCALE_SUFFIX
+from minimax_jax.nearby import did_you_mean
 
 SIDECAR_STEM = "source_scales"
 SIDECAR = SIDECAR_STEM + ".safetensors"
@@ -196,7 +197,8 @@ def _open(path: str | Location, ignore: Collection[str], leave_out: Collection[s
 def _require_no_hub_id(place: Location) -> None:
     """Tell whoever names a hub repository as other tools do how it is named here; a path that is there is a path."""
     if isinstance(place, Path) and is_hub_id(str(place)) and not os.path.lexists(place):
-        what, remedy = "no checkpoint can be opened here", f"if it is a repository of the hub: hf://{place}"
+        what = "no checkpoint can be opened here"
+        remedy = did_you_mean(place, f"if it is a repository of the hub: hf://{place}")
         raise FormatError(Problem(what=what, file=str(place), got=os.strerror(errno.ENOENT), remedy=remedy))
 
 

@@ -17,12 +17,15 @@ from typing import Any, Never
 
 from minimax_jax.errors import ConfigError, Problem, raise_if
 from minimax_jax.layout import attributes, fields
+from minimax_jax.nearby import did_you_mean
 
 DEFAULT_BLOCK = (128, 128)
 
 CONFIG_NAME = "config.json"
 MOST_CONFIG_BYTES = 2**24
 
+_UNREADABLE = f"{CONFIG_NAME} cannot be read"
+_AGAIN = f"take it anew from where the checkpoint is from: hf download ORG/NAME {CONFIG_NAME} --local-dir FOLDER"
 _HUB = "hf://"
 _FORMS = "give a checkpoint folder, a config.json, or the name of a hub repository (org/name)"
 
@@ -145,7 +148,7 @@ def _locate(path: str | Path) -> Path:
         return _download(text)
     if not local.is_file():
         what = "not a regular file" if local.exists() else "no such file"
-        raise ConfigError(Problem(what=what, file=str(local), remedy=_FORMS))
+        raise ConfigError(Problem(what=what, file=str(local), remedy=did_you_mean(Path(path), _FORMS)))
     return local
 
 
@@ -174,9 +177,9 @@ def _read(file: Path) -> bytes:
         with file.open("rb") as stream:
             text = stream.read(MOST_CONFIG_BYTES + 1)
     except OSError as error:
-        raise _unreadable(str(file), error) from error
+        raise ConfigError(Problem(what=_UNREADABLE, file=str(file), got=str(error))) from error
     if len(text) > MOST_CONFIG_BYTES:
-        raise _unreadable(str(file), f"more than {MOST_CONFIG_BYTES} bytes")
+        raise _damaged(str(file), f"more than {MOST_CONFIG_BYTES} bytes")
     return text
 
 
@@ -185,14 +188,14 @@ def _parse(text: bytes, file: str) -> dict[str, Any]:
     try:
         raw = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise _unreadable(file, error) from error
+        raise _damaged(file, error) from error
     if not isinstance(raw, dict):
-        raise ConfigError(Problem(what=f"{CONFIG_NAME} is not a JSON object", file=file, got=type(raw).__name__))
+        raise _damaged(file, type(raw).__name__, what=f"{CONFIG_NAME} is not a JSON object")
     return raw
 
 
-def _unreadable(file: str, why: object) -> ConfigError:
-    return ConfigError(Problem(what=f"{CONFIG_NAME} cannot be read", file=file, got=str(why)))
+def _damaged(file: str, why: object, *, what: str = _UNREADABLE) -> ConfigError:
+    return ConfigError(Problem(what=what, file=file, got=str(why), remedy=_AGAIN))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
