@@ -6,6 +6,7 @@ import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.models.generate import generate
 from minimax_jax.models.minimax import MiniMaxForCausalLM
+from minimax_jax.models.smoke import smoke_test
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,30 @@ def test_sampling_depends_on_the_seed_alone(made):
     assert first == again != other
 
 
-@pytest.mark.parametrize("ids,code", [("1,b", 2), ("99999", 3), ("", 3)])
-def test_impossible_prompts_are_refused(made, ids, code):
-    _, stderr = run("generate", made / "hf", "--prompt-ids", ids, "-q", code=code)
-    assert "Traceback" not in stderr and ("token ids" in stderr or "prompts" in stderr or "vocabulary" in stderr)
+@pytest.mark.parametrize("ids", ["1,b", "", " ", "1,,2", "1,", "-1", "1.5", "1_0", "\u0661", str(10**12), "9" * 5000])
+def test_what_is_no_list_of_ids_is_usage(made, ids):
+    _, stderr = run("generate", made / "none", "--prompt-ids", ids, "-q", code=2)
+    assert "is not a list of token ids such as 1,2,3" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--prompt-ids", "1,264,999999999"], "got: 264, 999999999\n"),
+        (["--prompt-ids", "1", "--max-new-tokens", "512"], "max_new_tokens"),
+        (["--prompt-ids", "1", "--temperature", "nan"], "temperature"),
+    ],
+)
+def test_what_this_model_cannot_take_is_told(made, options, said):
+    _, stderr = run("generate", made / "hf", *options, code=3)
+    assert stderr.count("error: ") == 1 and said in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("prompts", [[[1], [264]], [[2**40]], [[1], []], []])
+def test_prompts_are_looked_at_before_the_weights(made, prompts):
+    moments = []
+    with pytest.raises(mj.JobError):
+        smoke_test(made / "hf", prompts=prompts, progress=moments.append)
+    assert moments == []
+    smoke_test(made / "hf", prompts=[[1]], max_new_tokens=1, progress=moments.append)
+    assert moments

@@ -15,6 +15,9 @@ from minimax_jax.jobs.streamed import streamed_targets
 
 TARGETS, DTYPES = ("native", "hf", "hf-fp8", "transformers-v5"), ("bf16", "f32", "fp8")
 
+_DIGITS = 9
+"""Most that a token id has: no vocabulary comes near."""
+
 _SIZES = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
 _SIZES |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
 
@@ -75,10 +78,10 @@ class Ids(click.ParamType[tuple[int, ...]]):
         """The ids."""
         if isinstance(value, tuple):
             return value
-        try:
-            return tuple(int(text) for text in value.replace(",", " ").split())
-        except ValueError:
-            return self.fail(f"{value!r} is not a list of token ids such as 1,2,3", param, ctx)
+        ids = [text.strip() for text in value.split("," if "," in value else None)]
+        if not ids or not all(text.isascii() and text.isdecimal() and len(text) <= _DIGITS for text in ids):
+            self.fail(f"{value!r} is not a list of token ids such as 1,2,3", param, ctx)
+        return tuple(map(int, ids))
 
 
 def _sample(context: click.Context, parameter: click.Parameter, sample: str | None) -> str | None:

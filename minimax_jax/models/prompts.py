@@ -8,10 +8,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from minimax_jax.errors import Problem
+from minimax_jax.errors import JobError, Problem, raise_if
 from minimax_jax.layout.config import MiniMaxConfig
 
 Ids: TypeAlias = npt.NDArray[np.int32]
+
+_STRANGE = "ids that are not in the vocabulary"
+_SHOWN = 5
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], *, multiple: int = 1, pad: int = 0) -> tuple[Ids, Ids]:
@@ -21,13 +24,28 @@ def pad_prompts(prompts: Sequence[Sequence[int]], *, multiple: int = 1, pad: int
         prompts: ids of each prompt.
         multiple: `time` is rounded up to a multiple of it, so that few widths are compiled.
         pad: the id of the padding.
+
+    Raises:
+        JobError: ids that no int32 holds.
     """
+    raise_if(_too_wide(prompts), JobError)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     time = -(-max(lengths, default=0) // multiple) * multiple
     tokens = np.full((len(prompts), time), pad, np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens, lengths
+
+
+def _too_wide(prompts: Sequence[Sequence[int]]) -> Iterator[Problem]:
+    held = np.iinfo(np.int32)
+    wide = sorted({token for prompt in prompts for token in prompt if not held.min <= token <= held.max})
+    if wide:
+        yield Problem(what=_STRANGE, expected=f"ids below {held.max}", got=_listed(wide))
+
+
+def _listed(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids[:_SHOWN])) + (f" and {len(ids) - _SHOWN:,} more" if len(ids) > _SHOWN else "")
 
 
 def prompt_problems(
@@ -45,9 +63,9 @@ def prompt_problems(
     if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
         expected, got = f"1 to {tokens.shape[1]}", f"{lengths.min()} to {lengths.max()}"
         yield Problem(what="prompts without tokens, or longer than their row", expected=expected, got=got)
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        expected, got = f"ids from 0 to {config.vocab_size - 1}", f"{tokens.min()} to {tokens.max()}"
-        yield Problem(what="ids that are not in the vocabulary", expected=expected, got=got)
+    strange = np.unique(tokens[(tokens < 0) | (tokens >= config.vocab_size)]).tolist()
+    if strange:
+        yield Problem(what=_STRANGE, expected=f"ids from 0 to {config.vocab_size - 1}", got=_listed(strange))
     if room < 1 or lengths.max() + room > config.max_position_embeddings:
         expected = f"at least 1, and no more than {config.max_position_embeddings} with the prompt"
         got = f"{room} behind {lengths.max()}"

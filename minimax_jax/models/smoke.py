@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
+from minimax_jax.errors import JobError, raise_if
+from minimax_jax.jobs.source import open_source
 from minimax_jax.models.generate import generate
 from minimax_jax.models.load import load_model
-from minimax_jax.models.prompts import pad_prompts
+from minimax_jax.models.prompts import pad_prompts, prompt_problems, sampling_problems
 from minimax_jax.progress import Progress
 
 _DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32, "fp8": None}
@@ -48,6 +50,11 @@ def smoke_test(
     Raises:
         CheckpointError: as `load_model`; JobError for prompts that the model cannot take.
     """
+    key = jax.random.key(seed) if temperature else None
+    tokens, lengths = pad_prompts(prompts)
+    config = open_source(path, ignore=ignore, leave_out=leave_out).config
+    problems = [*prompt_problems(tokens, lengths, max_new_tokens, config)]  # before any weight is read
+    raise_if([*problems, *sampling_problems(temperature, None, None, key is not None)], JobError)
     mesh = _experts_mesh() if len(jax.local_devices()) > 1 else None
     model = load_model(
         path,
@@ -58,8 +65,6 @@ def smoke_test(
         leave_out=leave_out,
         progress=progress,
     )
-    tokens, lengths = pad_prompts(prompts)
-    key = jax.random.key(seed) if temperature else None
     done = generate(model, tokens, lengths, max_new_tokens=max_new_tokens, temperature=temperature, key=key)
     return done.tokens.tolist()
 
