@@ -3,6 +3,7 @@
 Any Chromium or Chrome on the path will do; without one these tests are skipped.
 """
 
+import itertools
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 CONFIG = config(num_local_experts=9)
 LAYER, EXPERT = 1, 4
 NAME = f"model.layers.{LAYER}.block_sparse_moe.experts.{EXPERT}"
+OTHER = f"model.layers.{LAYER}.self_attn.k_norm.weight"
 PLOTS = {"sizes", "norms", "scales", "errors", "codes", "outliers", "bias", "bias-map", "others"}
 MAPS = {"norms", "scales", "errors", "bias-map"}
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
@@ -77,6 +79,7 @@ def made(tmp_path_factory):
     tree = random_hf(CONFIG)
     folders.write(root / "hf", tree, CONFIG)
     tree[f"{NAME}.w1.weight{SUFFIX}"] *= np.float32(1000)
+    tree[OTHER] *= tree[OTHER].dtype.type(2)
     folders.write(root / "tuned", tree, CONFIG)
     return root
 
@@ -164,6 +167,37 @@ def test_hovering_tells_what_changed(made, two, opened):
     first = tab.page.locator("section:has(#changes) tbody tr").first.inner_text()
     assert first.startswith(NAME)
     assert tab.quiet(two)
+
+
+def test_hovering_tells_what_else_changed(two, opened):
+    tab = opened(two, viewport=PHONE)
+    rows = tab.page.evaluate("document.getElementById('changes-others')._fullData[0].text.map((row) => row[0])")
+    told = tab.hover("changes-others", LAYER, rows.index("self_attn.k_norm.weight") + 1)
+    assert OTHER in told
+    assert numbers(told[told.index("changed by") :].splitlines()[0]) == [pytest.approx(50, rel=1e-3)]
+
+
+LABELS = ".xtick text, .ytick text, .g-xtitle text, .g-ytitle text, .annotation text, .legendtext, .cbaxis text"
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_no_label_of_a_plot_lies_over_another_or_leaves_the_page(one, two, opened, viewport):
+    for file in (one, two):
+        page = opened(file, viewport=viewport).page
+        for plot in page.locator(".plot").all():
+            boxes = [box for label in plot.locator(LABELS).all() if (box := label.bounding_box())]
+            assert len(boxes) > 4
+            assert all(box["x"] >= 0 and box["x"] + box["width"] <= viewport["width"] for box in boxes)
+            over = [pair for pair in itertools.combinations(boxes, 2) if overlap(*pair) > 1]
+            assert over == [], plot.get_attribute("id")
+
+
+def overlap(a, b):
+    """Of two boxes, in pixels: the lesser of width and height."""
+    return min(
+        min(a[at] + a[length], b[at] + b[length]) - max(a[at], b[at])
+        for at, length in (("x", "width"), ("y", "height"))
+    )
 
 
 def test_an_outlier_is_told_by_name(made, one, opened):

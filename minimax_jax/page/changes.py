@@ -45,9 +45,9 @@ def _expert_map(seen: Overview) -> Figure:
 def _others(seen: Overview) -> Figure:
     kinds = per_layer(seen, lambda each: 100 * relative_change([each]))
     labels = [cut_at_layer(weight_name(seen, kind, "0"))[2] for kind in kinds]
-    prefix = "".join(cut_at_layer(weight_name(seen, next(iter(kinds)), "%{y}"))[:1])
-    hover = [f"<b>{prefix}%{{x}}</b>", "changed by %{z:.4g} %"]
-    return plots.heat_map(np.array(list(kinds.values())).T, hover, unit=" %", rows=labels)
+    prefix = "".join(cut_at_layer(weight_name(seen, next(iter(kinds)), "%{x}"))[:1])
+    hover = [f"<b>{prefix}%{{text}}</b>", "changed by %{z:.4g} %"]
+    return plots.strips(labels, np.array(list(kinds.values())), hover, unit=" %")
 
 
 def _tables(seen: Overview) -> Iterator[Table]:

@@ -46,7 +46,6 @@ def heat_map(
     *,
     told: Array | None = None,
     unit: str = "",
-    rows: Sequence[str] = (),
     diverging: bool = False,
 ) -> Figure:
     """A map of experts: `values [layers, experts]`, layer 0 on top.
@@ -56,27 +55,33 @@ def heat_map(
         hover: lines to show for a cell, in plotly's templates: `%{x}`, `%{y}`, `%{z}`, `%{customdata[0]}`.
         told: further numbers for these, `[layers, experts, numbers]`.
         unit: beside the numbers of the colour bar.
-        rows: names of the columns, where they are not experts.
         diverging: whether colours are of both sides of zero.
     """
-    low, high = _color_range(values, diverging=diverging)
-    cells = go.Heatmap(
-        z=values.astype(np.float32),
-        x=list(rows) or None,
-        customdata=None if told is None else told.astype(np.float32),
-        hovertemplate="<br>".join(hover) + "<extra></extra>",
-        hoverongaps=False,
-        zmin=low,
-        zmax=high,
-        coloraxis=None,
-        colorbar={"thickness": 10, "len": 1.0, "outlinewidth": 0, "ticksuffix": unit, "xpad": 6},
-        meta="diverging" if diverging else "sequential",
-    )
-    figure = _figure(cells)
-    figure.update_xaxes(title=None if rows else "expert", showgrid=False, zeroline=False, constrain="domain")
-    if rows:
-        figure.update_xaxes(automargin=True, tickangle=45)
+    cells = {"customdata": None if told is None else told.astype(np.float32)}
+    figure = _figure(_cells(values, hover, unit=unit, diverging=diverging, **cells))
+    figure.update_xaxes(title="expert", showgrid=False, zeroline=False, constrain="domain")
     figure.update_yaxes(title="layer", autorange="reversed", showgrid=False, zeroline=False, **_whole(len(values)))
+    return figure
+
+
+def strips(names: Sequence[str], values: Array, hover: Sequence[str], *, unit: str = "") -> Figure:
+    """A strip over the layers for each of some things, each under its name, as bars are.
+
+    Args:
+        names: theirs, the first on top.
+        values: what the colours show, `[things, layers]`.
+        hover: as in `heat_map`; `%{text}` is the name.
+        unit: as in `heat_map`.
+    """
+    rows = np.full((2 * len(names), values.shape[1]), np.nan)  # every second one is room for a name
+    rows[1::2] = values
+    text = [[name] * values.shape[1] for name in names for _ in range(2)]
+    figure = _figure(_cells(rows, hover, unit=unit, text=text))
+    for n, name in enumerate(names):
+        _name(figure, name, x=-0.5, y=2 * n + 0.5)
+    figure.update_xaxes(title="layer", showgrid=False, zeroline=False, constrain="domain", **_whole(values.shape[1]))
+    figure.update_yaxes(autorange="reversed", showticklabels=False, ticks="", showgrid=False, zeroline=False)
+    figure.update_layout(margin_l=8)
     return figure
 
 
@@ -85,9 +90,8 @@ def bars(names: Sequence[str], values: Sequence[float], hover: str, told: Sequen
     cells = {"customdata": list(told), "hovertemplate": hover, "meta": "accent"}
     figure = _figure(go.Bar(y=list(range(len(names))), x=list(values), orientation="h", width=0.36, **cells))
     for n, name in enumerate(names):
-        figure.add_annotation(x=0, y=n - 0.2, text=name, showarrow=False, xanchor="left", yanchor="bottom")
-    figure.update_annotations(borderpad=0)
-    figure.update_xaxes(range=[0, 1.04 * max(values)])
+        _name(figure, name, x=0, y=n - 0.2)
+    figure.update_xaxes(range=[0, 1.04 * max(values)], showgrid=False)
     figure.update_yaxes(range=[len(names) - 0.5, -0.8], showticklabels=False, showgrid=False, zeroline=False)
     figure.update_layout(margin={"l": 8, "b": 28})
     return figure
@@ -96,9 +100,11 @@ def bars(names: Sequence[str], values: Sequence[float], hover: str, told: Sequen
 def histogram(values: Sequence[float], shares: Array, hover: str, told: Array) -> Figure:
     """How often each of some values occurs, in per cent; the bars stand side by side, whatever the values are."""
     figure = _figure(go.Bar(x=np.arange(len(values)), y=shares, customdata=told, hovertemplate=hover, meta="accent"))
-    ticks = {f"{value + 0.0:g}": n for n, value in enumerate(values) if abs(value) in (0, 2**-3, 1, 8, 64, 448)}
-    figure.update_xaxes(tickvals=list(ticks.values()), ticktext=list(ticks), tickangle=0, showgrid=False)
-    figure.update_layout(margin_b=28)
+    ticks = {f"{value + 0.0:g}": n for n, value in enumerate(values) if abs(value) in (0, 2**-3, 8, 448)}
+    figure.update_xaxes(
+        tickvals=list(ticks.values()), ticktext=list(ticks), tickangle=0, showgrid=False, ticks="outside"
+    )
+    figure.update_layout(margin={"r": 24, "b": 34})
     figure.update_yaxes(ticksuffix=" %", rangemode="tozero")
     figure.update_layout(bargap=0)
     return figure
@@ -179,6 +185,26 @@ def points(x: Sequence[Any], y: Sequence[float], told: Sequence[Any], hover: str
     figure.update_xaxes(title=titles[0])
     figure.update_yaxes(title=titles[1], rangemode="tozero")
     return figure
+
+
+def _cells(values: Array, hover: Sequence[str], *, unit: str, diverging: bool = False, **more: Any) -> go.Heatmap:
+    low, high = _color_range(values, diverging=diverging)
+    return go.Heatmap(
+        z=values.astype(np.float32),
+        hovertemplate="<br>".join(hover) + "<extra></extra>",
+        hoverongaps=False,
+        zmin=low,
+        zmax=high,
+        coloraxis=None,
+        colorbar={"thickness": 10, "len": 1.0, "outlinewidth": 0, "ticksuffix": unit, "xpad": 6},
+        meta="diverging" if diverging else "sequential",
+        **more,
+    )
+
+
+def _name(figure: Figure, name: str, *, x: float, y: float) -> None:
+    """Write a name above a place, from its left on."""
+    figure.add_annotation(x=x, y=y, text=name, showarrow=False, xanchor="left", yanchor="bottom", borderpad=0)
 
 
 def _figure(*traces: Any) -> Figure:

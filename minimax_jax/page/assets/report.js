@@ -47,7 +47,7 @@ function painted(trace, theme, counts) {
 function laidOut(layout, theme) {
   const narrow = window.matchMedia("(max-width: 40rem)").matches;
   const axis = { color: theme.faint, gridcolor: theme.line, zerolinecolor: theme.line, linecolor: theme.line };
-  const margin = narrow ? { ...layout.margin, l: Math.min(layout.margin.l, 42), r: 4 } : layout.margin;
+  const margin = narrow ? { ...layout.margin, l: Math.min(layout.margin.l, 42), r: layout.margin.r - 8 } : layout.margin;
   return {
     ...layout,
     margin,
