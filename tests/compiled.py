@@ -1,0 +1,30 @@
+"""Compiled programs that tests keep in a folder: across workers and runs, and across devices.
+
+A program is known by its text, the options and the version of XLA; what XLA refuses is never kept. An entry that is not
+whole, since another worker is writing it, is compiled again. JAX also tells programs apart by the device that they are
+for, though their code is the same, and compiles what each of eight fake devices does by itself eight times; here, the
+first device's is read for the others. That is inside of JAX: where it has no such function, it is as JAX does it.
+"""
+
+import functools
+
+import jax
+from jax._src import cache_key
+
+_HASH = "_hash_serialized_compile_options"
+
+
+def keep(folder):
+    """Keep every program of this process in a folder, and take from there what it holds."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if hasattr(cache_key, _HASH):
+        setattr(cache_key, _HASH, functools.partial(_hash_options, getattr(cache_key, _HASH)))
+
+
+def _hash_options(by_jax, into, options, strip_device_assignment=False):
+    """As JAX does it, without the device of a program that runs on one."""
+    devices = options.device_assignment
+    alone = devices is not None and devices.replica_count() * devices.computation_count() == 1
+    by_jax(into, options, strip_device_assignment=strip_device_assignment or alone)
