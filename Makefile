@@ -10,7 +10,7 @@ demo: .venv/base
 	rm -rf demo
 	$(BIN)/minimax-jax demo demo
 
-# The wheel, in clean environments: without torch, and with that of .venv.
+# The wheel, left in dist/ once its commands work in clean environments: without torch, and with that of .venv.
 wheel: .venv/test
 	.ci/wheel $(CURDIR)/.venv
 
@@ -71,7 +71,7 @@ fuzz: .venv/test
 		-max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -artifact_prefix=build/fuzz/ || exit 1; done
 
 clean:
-	rm -rf .venv .venv-lowest demo
+	rm -rf .venv .venv-lowest demo dist
 
 .venv/base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
