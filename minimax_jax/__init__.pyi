@@ -10,12 +10,12 @@ from .errors import LayoutError as LayoutError
 from .errors import NumericError as NumericError
 from .errors import Problem as Problem
 from .errors import RequestError as RequestError
+from .jobs.after import diff as diff
+from .jobs.after import push as push
+from .jobs.after import verify as verify
 from .jobs.front import convert as convert
-from .jobs.front import diff as diff
 from .jobs.front import inspect as inspect
 from .jobs.front import plan as plan
-from .jobs.front import push as push
-from .jobs.front import verify as verify
 from .jobs.read import read_tree as read_tree
 from .layout.config import MiniMaxConfig as MiniMaxConfig
 from .layout.specs import specs as specs

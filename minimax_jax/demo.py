@@ -8,7 +8,7 @@ from pathlib import Path
 from minimax_jax.display import counted, size
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.io.files import io_errors
-from minimax_jax.jobs import front
+from minimax_jax.jobs import after, front
 from minimax_jax.jobs.verification import Verification
 from minimax_jax.synthetic import synthesize
 
@@ -38,9 +38,9 @@ def run(folder: str | Path, *, say: Callable[[str], None]) -> Verification:
     back_from_fp8 = _back(folder, "native-fp8", say)
     back_from_bf16 = _back(folder, "native-bf16", say)
     checks = [
-        front.verify(source, folder / "native-bf16", by="value"),
-        front.verify(source, back_from_fp8, by="bytes"),
-        front.verify(source, back_from_bf16, by="bytes", output=folder / CERTIFICATE),
+        after.verify(source, folder / "native-bf16", by="value"),
+        after.verify(source, back_from_fp8, by="bytes"),
+        after.verify(source, back_from_bf16, by="bytes", output=folder / CERTIFICATE),
     ]
     for seen in checks:
         first, second = (checkpoint.path.name for checkpoint in seen.checkpoints)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minimax_jax import synthetic
 from minimax_jax.errors import CheckpointError
-from minimax_jax.jobs import front
+from minimax_jax.jobs import after, front
 from trials.bad import LEFT_OUT, REFUSED, TOLD
 from trials.damage import Damage
 from trials.outcome import Outcome, in_child
@@ -52,10 +52,10 @@ def _refusal(what: str, good: Path, damage: Damage) -> Outcome:
 
 def _telling(what: str, good: Path, damage: Damage, word: str) -> Outcome:
     def use(folder: Path) -> Outcome:
-        (seen,) = front.verify(folder).checkpoints
+        (seen,) = after.verify(folder).checkpoints
         told = ", ".join(f"{each.count} {each.what}" for each in seen.unusual)
         front.convert(folder, folder.with_name("native"), dtype="fp8")
-        same = front.verify(folder, folder.with_name("native"), by="bytes").good
+        same = after.verify(folder, folder.with_name("native"), by="bytes").good
         gave = f"carried along bit for bit; verify tells: {told}" if same else "other bits"
         return Outcome(what=what, count=1, gave=gave, good=same and word in told)
 
@@ -65,7 +65,7 @@ def _telling(what: str, good: Path, damage: Damage, word: str) -> Outcome:
 def _leaving(what: str, good: Path, damage: Damage) -> Outcome:
     def use(folder: Path) -> Outcome:
         done = front.convert(folder, folder.with_name("native"), dtype="fp8")
-        same = front.verify(folder.with_name("native"), good, by="bytes").good
+        same = after.verify(folder.with_name("native"), good, by="bytes").good
         count = sum(len(part.keys) for part in done.left_out)
         gave = f"left out by name, and said: {count} tensors; the rest byte for byte" if same else "other bytes"
         return Outcome(what=what, count=1, gave=gave, good=same and count > 0)

@@ -19,7 +19,7 @@ from minimax_jax import synthetic
 
 PICTURE = Path(__file__).resolve().with_name("report.png")
 CONFIG = synthetic.config(layers=62, experts=32)
-WIDTH, HEIGHT = 1200, 1640
+WIDTH, HEIGHT = 1200, 1740
 
 
 def main():

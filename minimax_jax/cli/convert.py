@@ -38,12 +38,12 @@ def convert(
     src: str | Path, dst: Path, out: Output, certify: bool, url: str | None, private: bool, **bounds: Any
 ) -> None:
     """Convert the checkpoint SRC into the new folder DST, streaming. The same command again goes on after a stop."""
-    from minimax_jax.jobs import front, report
+    from minimax_jax.jobs import after, front, report
     from minimax_jax.jobs.loading import how_to_load
 
     _require_readable("--push" if url is not None else "--certify" if certify else None, bounds)
     if url is not None:
-        front.require_pushable(url)
+        after.require_pushable(url)
     with out.progress("convert") as listener:
         done = front.convert(src, dst, progress=listener, **bounds)
     lines = how_to_load(bounds["to"], bounds["dtype"], done.destination)
@@ -52,11 +52,11 @@ def convert(
     if url is not None:  # which certifies
         with out.progress("certify") as listener:
             workers = bounds["workers"]
-            pushed = front.push(dst, url, private=private, origin=str(src), workers=workers, progress=listener)
+            pushed = after.push(dst, url, private=private, origin=str(src), workers=workers, progress=listener)
         told["pushed"], views = report.pushed_json(pushed), list(report.pushed_view(pushed))
     elif certify:
         with out.progress("certify") as listener:
-            sha256 = front.certify(dst, workers=bounds["workers"], progress=listener)
+            sha256 = after.certify(dst, workers=bounds["workers"], progress=listener)
         told["certified"], views = sha256, [f"certified: sha256 {sha256}"]
     out.show(lambda done: report.report_json(done) | told, lambda done: [*report.report_view(done), *views], done)
     out.hint("it is loaded by", lines)

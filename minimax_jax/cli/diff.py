@@ -39,10 +39,10 @@ def diff(first: str | Path, second: str | Path, top: int, out: Output, **chosen:
 
     Weights are compared by value in the less precise dtype of the two. Exits with 1 on a difference.
     """
-    from minimax_jax.jobs import diff_report, front
+    from minimax_jax.jobs import after, diff_report
 
     with out.progress("diff") as listener:
-        seen = front.diff(first, second, progress=listener, **chosen)
+        seen = after.diff(first, second, progress=listener, **chosen)
     most = None if out.verbose else top
     out.show(functools.partial(diff_report.document, top=most), functools.partial(diff_report.view, top=most), seen)
     if not seen.same:

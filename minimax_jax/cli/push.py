@@ -27,8 +27,8 @@ from minimax_jax.console import Output
 @options.leave_out
 def push(path: Path, url: str, out: Output, **settings: Any) -> None:
     """Upload the checkpoint PATH with its certificate and a model card, by the token that `hf auth login` has kept."""
-    from minimax_jax.jobs import front, report
+    from minimax_jax.jobs import after, report
 
     with out.progress("certify") as listener:
-        done = front.push(path, url, progress=listener, **settings)
+        done = after.push(path, url, progress=listener, **settings)
     out.show(report.pushed_json, report.pushed_view, done)

@@ -39,13 +39,13 @@ def verify(first: str | Path, second: str | Path | None, out: Output, **chosen: 
     scales must be the same. An earlier certificate tells any bit that has changed since; the same tensors in other
     files are no difference to it, unless by bytes. Exits with 1 on a difference.
     """
-    from minimax_jax.jobs import front, verify_report
+    from minimax_jax.jobs import after, verify_report
     from minimax_jax.jobs.certificate import certificate
 
     if second is not None and chosen["certificate"] is not None:
         raise click.UsageError("--certificate takes one checkpoint")
     with out.progress("verify") as listener:
-        seen = front.verify(first, second, progress=listener, **chosen)
+        seen = after.verify(first, second, progress=listener, **chosen)
     view = functools.partial(verify_report.verification_view, everything=out.verbose)
     written = [f"certificate written to {chosen['output']}"] if chosen["output"] is not None else []
     out.show(certificate, lambda seen: [*view(seen), *written], seen)

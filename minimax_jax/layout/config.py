@@ -25,7 +25,7 @@ CONFIG_NAME = "config.json"
 MOST_CONFIG_BYTES = 2**24
 
 _UNREADABLE = f"{CONFIG_NAME} cannot be read"
-_AGAIN = f"take it anew from where the checkpoint is from: hf download ORG/NAME {CONFIG_NAME} --local-dir FOLDER"
+_AGAIN = f"put that of its source in its place: `hf download ORG/NAME {CONFIG_NAME}` fetches it, and says where to"
 _HUB = "hf://"
 _FORMS = "give a checkpoint folder, a config.json, or the name of a hub repository (org/name)"
 
