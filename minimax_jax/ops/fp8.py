@@ -32,17 +32,16 @@ from minimax_jax.ops import checks
 from minimax_jax.ops.blocks import block_amax, spread
 from minimax_jax.ops.checks import Array, Block, Offset, Start
 from minimax_jax.ops.rounding import (
-    CODE_NAN,
-    F32_INF,
-    F32_MIN_NORMAL,
     barrier,
     bits_of,
+    code_bits,
     decode,
+    limit_of,
     narrow,
-    nearest_code,
     scale_of_amax,
     settle,
     significand_of,
+    usable,
 )
 
 FP8 = jnp.float8_e4m3fn
@@ -182,14 +181,14 @@ _dequantize_traced = jax.jit(_dequantize, static_argnames=("dtype", "block", "pa
 def _quantize_by_amax(x: jax.Array, block: Block, parts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     x = settle(x)
     scale_inv = scale_of_amax(block_amax(x, block, parts))
-    return _encode(x, scale_inv, block, parts), scale_inv, jnp.isnan(scale_inv).any()
+    return codes_by(x, scale_inv, block, parts), scale_inv, jnp.isnan(scale_inv).any()
 
 
 @partial(jax.jit, static_argnames=("block", "parts"))
 def _quantize_by_scale(x: jax.Array, scale_inv: jax.Array, block: Block, parts: int) -> tuple[jax.Array, jax.Array]:
     x = settle(x)
-    bad = bits_of(block_amax(x, block, parts)) >= _limit(scale_inv)
-    return _encode(x, scale_inv, block, parts), bad.any()
+    bad = bits_of(block_amax(x, block, parts)) >= limit_of(scale_inv)
+    return codes_by(x, scale_inv, block, parts), bad.any()
 
 
 @partial(jax.jit, static_argnames=("block", "parts"))
@@ -198,29 +197,19 @@ def _requantize(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     x = settle(x)
     derived = scale_of_amax(block_amax(x, block, parts))
-    back = _dequantize(_encode(x, scale_inv, block, parts), scale_inv, None, x.dtype, block, parts)
+    back = _dequantize(codes_by(x, scale_inv, block, parts), scale_inv, None, x.dtype, block, parts)
     changed = (bits_of(back) ^ bits_of(x)).max(-2).max(-1) != 0
     kept = ~changed & ~jnp.isnan(derived).any((-2, -1))
     scales = jnp.where(kept[..., None, None], scale_inv, derived)
-    return _encode(x, scales, block, parts), scales, kept, jnp.isnan(derived).any()
+    return codes_by(x, scales, block, parts), scales, kept, jnp.isnan(derived).any()
 
 
-def _encode(x: jax.Array, scale_inv: jax.Array, block: Block, parts: int) -> jax.Array:
-    """Codes of `x / scale`. NaN where `x` is not finite, or not zero under a scale that is no normal float32."""
-    limit = _limit(scale_inv)
-    scale = jnp.where(limit > 1, scale_inv, np.float32(1.0))
+def codes_by(x: jax.Array, scale_inv: jax.Array, block: Block, parts: int) -> jax.Array:
+    """Codes of a settled `x / scale`. NaN where `x` is not finite, or not zero under a scale that is not normal."""
+    limit = limit_of(scale_inv)
+    scale = usable(scale_inv, limit)
     # The barrier has these computed once a block, not once an element.
     grids = barrier((scale, 1 / significand_of(scale), limit))
     scale, reciprocal, limit = (spread(grid, x.shape, block, parts) for grid in grids)
-    wide = x.astype(jnp.float32)
-    code = nearest_code(jnp.abs(wide), scale, reciprocal)
-    code = jnp.where((bits_of(wide) & 0x7FFFFFFF) >= limit, jnp.uint32(CODE_NAN), code)
-    sign = ((bits_of(wide) ^ bits_of(scale)) >> 24) & 0x80
-    return lax.bitcast_convert_type((code | sign).astype(jnp.uint8), FP8)
-
-
-def _limit(scale_inv: jax.Array) -> jax.Array:
-    """Bits of the smallest magnitude that has no code: infinity, or anything but zero if the scale is not normal."""
-    exponent = bits_of(scale_inv) & F32_INF
-    usable = (exponent >= F32_MIN_NORMAL) & (exponent < F32_INF)
-    return jnp.where(usable, jnp.uint32(F32_INF), jnp.uint32(1))
+    code = code_bits(x.astype(jnp.float32), scale, reciprocal, limit)
+    return lax.bitcast_convert_type(code.astype(jnp.uint8), FP8)

@@ -15,7 +15,6 @@ import numpy as np
 from jax import lax
 
 CODE_NAN = 0x7F
-CODE_MAX = 0x7E
 F32_INF = 0x7F800000
 F32_MIN_NORMAL = 0x00800000
 
@@ -52,12 +51,16 @@ def narrow(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
     return x if dtype == jnp.float32 else barrier(x.astype(dtype))
 
 
-@jax.custom_jvp
-def _bfloat16(x: jax.Array) -> jax.Array:
+def bfloat16_bits(x: jax.Array) -> jax.Array:
+    """Bits, in uint32, of float32 rounded to nearest even in bfloat16."""
     bits = bits_of(x)
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-    upper = jnp.where(jnp.isnan(x), bits | 0x400000, rounded) >> 16
-    return _bitcast(upper.astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isnan(x), bits | 0x400000, rounded) >> 16
+
+
+@jax.custom_jvp
+def _bfloat16(x: jax.Array) -> jax.Array:
+    return _bitcast(bfloat16_bits(x).astype(jnp.uint16), jnp.bfloat16)
 
 
 @_bfloat16.defjvp
@@ -97,6 +100,32 @@ def significand_of(scale: jax.Array) -> jax.Array:
     return _float((bits_of(scale) & 0x7FFFFF) | 0x40000000)
 
 
+def limit_of(scale_inv: jax.Array) -> jax.Array:
+    """Bits of the smallest magnitude that has no code: infinity, or anything but zero if the scale is not normal."""
+    exponent = bits_of(scale_inv) & F32_INF
+    usable = (exponent >= F32_MIN_NORMAL) & (exponent < F32_INF)
+    return jnp.where(usable, jnp.uint32(F32_INF), jnp.uint32(1))
+
+
+def usable(scale_inv: jax.Array, limit: jax.Array) -> jax.Array:
+    """The scale, or 1.0 in place of one that is not normal; `limit` is from `limit_of`."""
+    return jnp.where(limit > 1, scale_inv, np.float32(1.0))
+
+
+def code_bits(x: jax.Array, scale: jax.Array, reciprocal: jax.Array, limit: jax.Array) -> jax.Array:
+    """Codes, uint32, of float32 `x / scale`: `nearest_code` with the sign, and NaN from `limit` on.
+
+    Args:
+        x: float32 of any kind.
+        scale: from `usable`, shaped as `x`.
+        reciprocal: as in `nearest_code`.
+        limit: from `limit_of`, shaped as `x`.
+    """
+    code = nearest_code(jnp.abs(x), scale, reciprocal)
+    code = jnp.where((bits_of(x) & 0x7FFFFFFF) >= limit, jnp.uint32(CODE_NAN), code)
+    return code | ((bits_of(x) ^ bits_of(scale)) >> 24) & 0x80
+
+
 def nearest_code(x: jax.Array, scale: jax.Array, reciprocal: jax.Array) -> jax.Array:
     """Magnitude codes, uint32, of float32 `x / |scale|`, rounded to nearest even and saturated, without a division.
 
@@ -112,18 +141,19 @@ def nearest_code(x: jax.Array, scale: jax.Array, reciprocal: jax.Array) -> jax.A
     """
     significand = significand_of(scale)
     x = x * _float(_u32(255 << 23) - (bits_of(scale) & F32_INF))  # by a power of two: now to divide by significand
-    estimate = jnp.minimum(x * reciprocal, np.float32(448.0))
-    # Codes below 2**-6 are spaced as those of the octave above it: moved there, one cut through the bits serves both.
-    low = estimate < np.float32(2.0**-6)
-    bits = bits_of(jnp.where(low, estimate + np.float32(2.0**-6), estimate))
-    code = (bits >> 20) - jnp.where(low, _u32(121 << 3), _u32(120 << 3))
+    # At most 440, halfway from the last midpoint to the last code, so that no code above that comes out.
+    estimate = jnp.minimum(x * reciprocal, np.float32(440.0))
+    # Codes below 2**-6 are spaced as those of the octave above it, and moved there; the others are moved by an octave.
+    # Of the two the larger is right, and on the way back the smaller: one cut through the bits serves all.
+    bits = bits_of(jnp.maximum(estimate + np.float32(2.0**-6), estimate + estimate))
     midpoint = _float(bits & _u32(0xFFF00000) | 0x80000)
-    midpoint = jnp.where(low, midpoint - np.float32(2.0**-6), midpoint)
+    midpoint = jnp.minimum(midpoint - np.float32(2.0**-6), midpoint * np.float32(0.5))
     high = _float(bits_of(significand) & _u32(0xFFFFF000))
     above = (x - midpoint * high) - midpoint * (significand - high)
     half_ulp = _float(bits_of(midpoint) & F32_INF) * (significand * np.float32(2.0**-24))
-    up = jnp.where(code & 1 == 1, above >= -half_ulp, above > half_ulp)
-    return jnp.minimum(code + up.astype(jnp.uint32), _u32(CODE_MAX))
+    code = bits >> 20
+    up = (above > half_ulp) | ((code & 1 == 1) & (above >= -half_ulp))
+    return code - jnp.where(up, _u32((121 << 3) - 1), _u32(121 << 3))
 
 
 def _u32(number: int) -> jax.Array:
