@@ -13,7 +13,7 @@ from minimax_jax.jobs.inspect import Inspection, Tally
 from minimax_jax.jobs.left_out import LeftOut, left_out_json
 from minimax_jax.jobs.plan import Plan
 from minimax_jax.jobs.scales import Remark, remarks_json
-from minimax_jax.ops.backend import backend
+from minimax_jax.ops.backend import backend, tpu_kernels
 
 if TYPE_CHECKING:
     from minimax_jax.jobs.probe import Probe
@@ -74,6 +74,7 @@ def plan_json(plan: Plan | StreamedPlan) -> dict[str, Any]:
         "write_bytes": plan.write_bytes,
         "peak_memory_bytes": plan.peak_bytes,
         "kernels": backend(),
+        "tpu_kernels": tpu_kernels(),
         "remarks": remarks_json(plan.remarks),
         "left_out": left_out_json(plan.source.left_out),
         "files": [
@@ -168,6 +169,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "written_bytes": report.written_bytes,
         "seconds": round(report.seconds, 3),
         "kernels": report.kernels,
+        "tpu_kernels": report.tpu_kernels,
         "kept_source_scales": report.kept_scales,
         "fresh_scales": list(report.fresh_scales),
         "remarks": remarks_json(report.remarks),

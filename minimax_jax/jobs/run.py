@@ -25,7 +25,7 @@ from minimax_jax.jobs.scales import Remark, scale_remarks
 from minimax_jax.jobs.team import FAILED, SOLO, Team
 from minimax_jax.jobs.units import Unit
 from minimax_jax.jobs.worker import FRESH, KEPT, UNIT, Record, Worker, is_record
-from minimax_jax.ops.backend import Backend, backend
+from minimax_jax.ops.backend import Backend, TpuKernels, backend, tpu_kernels
 from minimax_jax.progress import Progress, Ticker
 
 Check: TypeAlias = Literal["none", "sample", "all"]
@@ -53,6 +53,7 @@ class Report(Displayed):
         remarks: what else there is to know, of block scales that were not kept.
         left_out: tensors in the files of the source that are not the model's: they were not converted.
         kernels: which code the work went through on a CPU.
+        tpu_kernels: which code grouped experts went through on a TPU, if there was one.
     """
 
     destination: Path
@@ -66,6 +67,7 @@ class Report(Displayed):
     remarks: tuple[Remark, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     kernels: Backend = field(default_factory=backend)
+    tpu_kernels: TpuKernels = field(default_factory=tpu_kernels)
 
     def views(self) -> Iterable[Any]:
         """What there is to look at."""

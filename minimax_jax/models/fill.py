@@ -29,6 +29,7 @@ from minimax_jax.ops.assemble import encode
 from minimax_jax.ops.checks import Block
 from minimax_jax.ops.experts import group
 from minimax_jax.ops.fp8 import dequantize
+from minimax_jax.ops.grouped import put_grouped
 from minimax_jax.ops.rounding import bits_of
 from minimax_jax.ops.scaled import BlockScaled, dequantize_grouped
 
@@ -156,12 +157,18 @@ def _recipe(goal: Goal, portion: Portion) -> Recipe:
 def _combine(pieces: _Pieces, recipe: Recipe) -> jax.Array:
     """The bits of one portion of a shard."""
     dequantised = len(pieces[0]) == 2
-    if recipe.grouped and dequantised and recipe.alike and not any(map(any, recipe.offsets)):
-        parts = [BlockScaled(values=values, scale_inv=scales, block=recipe.block) for values, scales in pieces]
+    if parts := _matrices(pieces, recipe):
         return bits_of(dequantize_grouped(parts, recipe.dtype))
     each = zip(pieces, recipe.offsets, strict=True)
     made = [_weights(piece, recipe, offset) if dequantised else _cast(piece[0], recipe) for piece, offset in each]
     return group(made) if recipe.grouped else jnp.concatenate(made, axis=-1)
+
+
+def _matrices(pieces: _Pieces, recipe: Recipe) -> list[BlockScaled]:
+    """The pieces, where they are whole blocks of FP8 matrices that go side by side; else nothing."""
+    if len(pieces[0]) != 2 or not recipe.grouped or not recipe.alike or any(map(any, recipe.offsets)):
+        return []
+    return [BlockScaled(values=values, scale_inv=scales, block=recipe.block) for values, scales in pieces]
 
 
 def _weights(piece: tuple[jax.Array, ...], recipe: Recipe, offset: tuple[int, int]) -> jax.Array:
@@ -184,6 +191,9 @@ def make(pieces: _Pieces, recipe: Recipe) -> jax.Array:
 @partial(jax.jit, static_argnames="recipe", donate_argnames="shard")
 def put(shard: jax.Array, pieces: _Pieces, start: tuple[np.int32, ...], recipe: Recipe) -> jax.Array:
     """The bits of a shard with one portion of it filled in, in place; `start` is where, along the leading axes."""
+    parts = _matrices(pieces, recipe)
+    if parts and len(start) == shard.ndim - 2:
+        return put_grouped(shard, parts, start, recipe.dtype)
     portion = _combine(pieces, recipe)
     portion = portion.reshape(*(1 for _ in range(shard.ndim - portion.ndim)), *portion.shape)
     rest = (np.int32(0) for _ in range(shard.ndim - len(start)))

@@ -21,6 +21,7 @@ from minimax_jax.ops import host_matrices as host
 from minimax_jax.ops.checks import Array
 from minimax_jax.ops.experts import group, stack, ungroup
 from minimax_jax.ops.fp8 import FP8, quantize, requantize
+from minimax_jax.ops.grouped import quantize_grouped
 from minimax_jax.ops.rounding import bits_of, narrow
 from minimax_jax.ops.scaled import BlockScaled, dequantize_grouped, group_scaled, ungroup_scaled
 
@@ -159,6 +160,8 @@ def _encode_parts(
     grouped: Matrix, source: Array | None, *, parts: int, dtype: np.dtype[Any] | None, block: tuple[int, int]
 ) -> tuple[Matrix, ...]:
     """The parts `[experts, rows, cols]` of a grouped tensor, encoded."""
+    if dtype == FP8 and source is None and not isinstance(grouped, BlockScaled):
+        return quantize_grouped(grouped, parts, block=block)
     pieces: tuple[Matrix, ...] = (
         ungroup_scaled(grouped) if isinstance(grouped, BlockScaled) else ungroup(grouped, parts)
     )

@@ -1,6 +1,7 @@
-"""Which code large concrete arrays on a CPU go through: the choice is automatic, and can be asked for. Without jax.
+"""Which code does the work: the choice is automatic, and can be asked for. Without jax.
 
-MINIMAX_JAX_CPU=xla keeps to XLA; MINIMAX_JAX_CPU=numba insists on the kernels.
+For large concrete arrays on a CPU, MINIMAX_JAX_CPU=xla keeps to XLA, and MINIMAX_JAX_CPU=numba insists on the kernels.
+For programs that are compiled for TPUs, MINIMAX_JAX_TPU=xla keeps to XLA; it is read as a program is first lowered.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from minimax_jax.errors import LayoutError, Problem
 
 Backend: TypeAlias = Literal["numba", "xla"]
 
+TpuKernels: TypeAlias = Literal["pallas", "xla"]
+
 VARIABLE = "MINIMAX_JAX_CPU"
+TPU_VARIABLE = "MINIMAX_JAX_TPU"
 
 
 def backend() -> Backend:
@@ -38,9 +42,22 @@ def backend() -> Backend:
 
 def asked() -> str:
     """What MINIMAX_JAX_CPU says; raises a LayoutError for what is unknown."""
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted not in ("", "numba", "xla"):
-        raise LayoutError(Problem(what=f"unknown {VARIABLE}", expected="numba, xla, or not set", got=wanted))
+    return _setting(VARIABLE, "numba")
+
+
+def tpu_kernels() -> TpuKernels:
+    """What the grouped codec goes through in programs for TPUs.
+
+    Raises:
+        LayoutError: MINIMAX_JAX_TPU asks for something unknown.
+    """
+    return "xla" if _setting(TPU_VARIABLE, "pallas") == "xla" else "pallas"
+
+
+def _setting(variable: str, kernels: str) -> str:
+    wanted = os.environ.get(variable, "")
+    if wanted not in ("", kernels, "xla"):
+        raise LayoutError(Problem(what=f"unknown {variable}", expected=f"{kernels}, xla, or not set", got=wanted))
     return wanted
 
 

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from minimax_jax.display import Displayed, size
 from minimax_jax.errors import LayoutError, Problem, raise_if
-from minimax_jax.ops import fp8
+from minimax_jax.ops import fp8, on_tpu
 from minimax_jax.ops.checks import Array, Block, scaled_problems
 from minimax_jax.ops.experts import group, ungroup
 
@@ -182,7 +182,28 @@ def dequantize_grouped(parts: Sequence[BlockScaled], dtype: DTypeLike = jnp.bflo
 
 @partial(jax.jit, static_argnames="dtype")
 def _dequantize_grouped(parts: tuple[BlockScaled, ...], dtype: np.dtype[Any]) -> jax.Array:
-    return group_scaled(parts).dequantize(dtype)
+    block = parts[0].block
+
+    def plain(*arrays: jax.Array) -> list[jax.Array]:
+        return [group_scaled(of_arrays(arrays, block)).dequantize(dtype)]
+
+    if dtype != jnp.bfloat16 or not on_tpu.covers(parts[0].shape, block, len(parts)):
+        return plain(*arrays_of(parts))[0]
+    kernel = on_tpu.Kernel(name="dequantize_grouped", parts=len(parts))
+    return on_tpu.choose(kernel, plain, *arrays_of(parts))[0]
+
+
+def arrays_of(parts: Sequence[BlockScaled]) -> tuple[jax.Array, ...]:
+    """The codes of all parts, and behind them their scales."""
+    arrays = [part.values for part in parts] + [part.scale_inv for part in parts]
+    return tuple(jnp.asarray(array) for array in arrays)
+
+
+def of_arrays(arrays: Sequence[jax.Array], block: Block) -> list[BlockScaled]:
+    """The inverse of `arrays_of`."""
+    half = len(arrays) // 2
+    pairs = zip(arrays[:half], arrays[half:], strict=True)
+    return [BlockScaled(values=values, scale_inv=scales, block=block) for values, scales in pairs]
 
 
 def _group_problems(parts: Sequence[BlockScaled]) -> list[Problem]:
