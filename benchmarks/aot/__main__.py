@@ -20,6 +20,7 @@ SHAPES = "62 layers, 256 experts of 3072 x 1536, hidden size 3072"
 
 ONE_CHIP = (
     Target(kind="v5e", topology="2x4", chips=1),
+    Target(kind="v5p", topology="2x2x2", chips=1),
     Target(kind="v6e", topology="2x4", chips=1),
     Target(kind="h100", topology="1x1x1", chips=1),
 )

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from benchmarks.aot.targets import Target, on, shape
+from benchmarks.aot.targets import KINDS, Target, on, shape
 from minimax_jax.layout.specs import specs
 from minimax_jax.models import fill
-from minimax_jax.ops.experts import ungroup
-from minimax_jax.ops.fp8 import FP8, quantize
+from minimax_jax.ops.fp8 import FP8
+from minimax_jax.ops.grouped import quantize_grouped
 from minimax_jax.ops.scaled import BlockScaled, dequantize_grouped
 from minimax_jax.synthetic.sizes import REAL
 
@@ -60,19 +60,22 @@ def operations(target: Target, experts: int = 256) -> Iterator[Program]:
     weights = shape(grouped.shape, jnp.bfloat16, share)
 
     def by_amax(weights: jax.Array) -> Any:
-        return [quantize(part) for part in ungroup(weights, 2)]
+        return [(part.values, part.scale_inv) for part in quantize_grouped(weights, 2)]
 
     def by_scales(weights: jax.Array, scale_inv: jax.Array) -> Any:
-        pairs = zip(ungroup(weights, 2), ungroup(scale_inv, 2), strict=True)
-        return [quantize(part, scales)[0] for part, scales in pairs]
+        return [part.values for part in quantize_grouped(weights, 2, scale_inv)]
 
-    cases = (
-        ("dequantize gate and up", BlockScaled.dequantize, (grouped,)),
+    one_step = (
         ("dequantize + group gate and up", lambda *parts: dequantize_grouped(parts), (gate, gate)),
         ("dequantize + group down", lambda part: dequantize_grouped([part]), (down,)),
         ("ungroup + quantize by amax", by_amax, (weights,)),
         ("ungroup + quantize by given scales", by_scales, (weights, grouped.scale_inv)),
     )
+    cases = [("dequantize gate and up", BlockScaled.dequantize, (grouped,)), *one_step]
+    if target.chips > 1 and KINDS[target.kind].platform == "tpu":
+        cases += [
+            (f"{name}, each chip its own", _each(function, share), arguments) for name, function, arguments in one_step
+        ]
     for name, function, arguments in cases:
         results = jax.eval_shape(function, *arguments)
         yield Program(
@@ -84,6 +87,12 @@ def operations(target: Target, experts: int = 256) -> Iterator[Program]:
             out=jax.tree.map(lambda _: share, results),
             least_bytes=(_size(arguments) + _size(results)) // target.chips,
         )
+
+
+def _each(function: Callable[..., Any], share: NamedSharding) -> Callable[..., Any]:
+    """The function on every chip's share by itself; otherwise XLA divides a program, and the kernels are left out."""
+    mapped: Callable[..., Any] = jax.shard_map(function, mesh=share.mesh, in_specs=share.spec, out_specs=share.spec)
+    return mapped
 
 
 def load_step(target: Target, experts: int = 32, at_once: int = 16) -> Iterator[Program]:

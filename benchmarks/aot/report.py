@@ -21,26 +21,39 @@ Bytes are of one chip. *Traffic* is what the compiler counts between the chip an
 the function can do (each input read once, each output written once); *time* is the compiler's own estimate. TPU
 compilers tell both for programs without loops, GPU compilers neither. A collective inside the loop over layers is
 counted as often as the loop runs.
+
+Into a Pallas kernel, which the codec is on TPUs, the compiler does not look: it counts as traffic what the kernel
+declares. That is computed from the kernel's grid: each block of its operands and results once, and a test walks the
+grid and finds that each is fetched or stored once. The time of a kernel is that of its traffic alone. *Each chip its
+own* is the function within `jax.shard_map`; without, XLA divides the program over the chips. **The kernels have never
+been run on a TPU**: what stands here is that they compile, and their numbers are checked on a CPU.
 """
 
 _LIMITS = """## What is checked
 
 - **fits**: arguments, temporaries and results fit the chip's memory.
 - **no collective**: converting and loading move nothing between chips.
-- **traffic**, **temporaries**, **kernels**: the codec costs a TPU at most 1.25 times the least traffic and
-  temporaries below 5 % of its output; on H100 it needs at most two kernels and no temporaries (0.1 % of the output,
-  for a copy of the block scales).
+- **traffic**, **temporaries**, **kernels**: the codec costs a TPU at most 1.25 times the least traffic and temporaries
+  below 5 % of its output; on H100 it needs at most two kernels and no temporaries (0.1 % of the output, for a copy of
+  the block scales).
 - **one layer at a time**: no array of expert matrices that the model makes on the way is larger than the dequantised
   gate and up of one layer on one chip.
 - **no weights between chips**: the model's collectives are sums of activations alone.
 
 ## What bounds the rest
 
-- Dequantise and group, TPU: XLA fuses all of it but the transposition of the codes. They are written once more, and
-  read again, at one byte each: 1.7 times the least. Of six formulations in XLA's own operations none does
-  better. With libtpu 0.0.42 the same programs cost 4.4 times the least: take a newer one.
-- Quantise: the weights are transposed at two bytes each and then read twice, for the largest of a block and for the
-  codes. Quantising first and transposing the codes is worse: the layout of the codes spreads to all before them.
+- Programs for TPUs that XLA divides over chips: XLA cannot divide a kernel, and a kernel that comes with its own rule
+  for that (`custom_partitioning`) cannot be compiled ahead of time, so that nothing could be said of it here. They
+  keep to XLA's own operations. Those fuse all of dequantising and grouping but the transposition of the codes, which
+  are written once more, and read again, at one byte each. Quantising transposes the weights at two bytes each and then
+  reads them twice, for the largest of a block and for the codes; transposing the codes instead needs half the
+  temporaries, and more traffic. With libtpu 0.0.42 the same programs cost more than twice as much: take a newer one.
+- The kernels, by the instructions that libtpu schedules for a v5e (`--xla_jf_dump_llo_text`): a block of 128 x 128
+  takes about 80 of them to dequantise, in which time the memory moves no more than that block. Quantising takes about
+  170 with given scales and 210 by amax: it is bound by arithmetic, at about twice the time of its traffic.
+- Quantise by amax, H100: no temporaries, but six kernels. XLA finds the largest of a block in two reductions, since
+  the two axes of a block do not lie side by side; the others make the scales, take them apart, and make the codes of
+  each part. The weights are read twice.
 - Prefill on H100: XLA's GPU compiler makes a dense product over all experts of a chip out of `ragged_dot`, with
   temporaries of [choices, experts of the chip, hidden]. On TPUs they stay small.
 """
