@@ -1,4 +1,4 @@
-"""Compiled programs that tests keep in a folder: across workers and runs, and across devices.
+"""Compiled programs that tests keep in a folder: across workers, runs and processes, and across devices.
 
 A program is known by its text, the options and the version of XLA; what XLA refuses is never kept. An entry that is not
 whole, since another worker is writing it, is compiled again. JAX also tells programs apart by the device that they are
@@ -12,15 +12,23 @@ import jax
 from jax._src import cache_key
 
 _HASH = "_hash_serialized_compile_options"
+_SETTINGS = {
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
 
 
 def keep(folder):
     """Keep every program of this process in a folder, and take from there what it holds."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    for name, value in {"jax_compilation_cache_dir": str(folder), **_SETTINGS}.items():
+        jax.config.update(name, value)
     if hasattr(cache_key, _HASH):
         setattr(cache_key, _HASH, functools.partial(_hash_options, getattr(cache_key, _HASH)))
+
+
+def environment(folder):
+    """What makes another process do the same, but for the devices."""
+    return {name.upper(): str(value) for name, value in {"jax_compilation_cache_dir": folder, **_SETTINGS}.items()}
 
 
 def _hash_options(by_jax, into, options, strip_device_assignment=False):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import compiled
 import members
 import pytest
 
@@ -16,16 +17,22 @@ def source(tmp_path_factory):
     return folder
 
 
-def two(*arguments):
-    """What each of two processes says last."""
-    address = f"127.0.0.1:{members.free_port()}"
+@pytest.fixture(scope="module")
+def two(pytestconfig):
+    """A function that gives what each of two processes says last."""
+    environment = {"XLA_FLAGS": "", **compiled.environment(pytestconfig.cache.mkdir("xla"))}
     script = Path(__file__).with_name("export_process.py")
-    _, told = members.finish([members.start(script, address, index, *arguments, XLA_FLAGS="") for index in range(2)])
-    return [out.splitlines()[-1] if out else error for out, error in told]
+
+    def run(*arguments):
+        address = f"127.0.0.1:{members.free_port()}"
+        _, told = members.finish([members.start(script, address, index, *arguments, **environment) for index in (0, 1)])
+        return [out.splitlines()[-1] if out else error for out, error in told]
+
+    return run
 
 
 @pytest.mark.parametrize("kind", ["hf", "orbax"])
-def test_both_end_well(source, tmp_path, kind):
+def test_both_end_well(two, source, tmp_path, kind):
     assert two(source, tmp_path / "out", kind, 0, 0) == ["good", "good"]
     assert mj.verify(source, tmp_path / "out").good
 
@@ -38,6 +45,6 @@ def test_both_end_well(source, tmp_path, kind):
         ("orbax", 0, 1, ["KeyboardInterrupt", "PeerFailed"]),
     ],
 )
-def test_the_failure_of_one_ends_both(source, tmp_path, kind, victim, count, ends):
+def test_the_failure_of_one_ends_both(two, source, tmp_path, kind, victim, count, ends):
     assert two(source, tmp_path / "out", kind, victim, count) == ends
     assert list(tmp_path.iterdir()) == []

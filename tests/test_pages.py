@@ -43,7 +43,9 @@ def test_the_readme_runs_as_printed_with_its_python_in_one_new_session(shell):
             snippets.append(example.parsed)
         else:
             example.evaluate()
-    for first, devices in (("", 1), ('import jax; jax.config.update("jax_num_cpu_devices", 8)', 8)):
+    tests = f"import sys; sys.path.append({str(ROOT / 'tests')!r})"
+    keep = f"{tests}; import compiled, jax; compiled.keep({str(shell.cache)!r})"
+    for first, devices in (("", 1), (f'{keep}; jax.config.update("jax_num_cpu_devices", 8)', 8)):
         (shell.folder / "pasted.py").write_text("\n".join([first, *snippets, "print(mesh.size)"]))
         done = shell.run("rm -rf m2-trained && python pasted.py")
         assert (done.returncode, done.stdout) == (0, f"{devices}\n"), done.stderr
