@@ -5,6 +5,7 @@ the time of these tests goes into compiling (see `compiled.py`). `pytest --cache
 processes that tests start, the commands of pages and those that save together share it.
 """
 
+import gc
 import os
 import shutil
 
@@ -23,6 +24,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_configure(config):
     if config.pluginmanager.hasplugin("cacheprovider"):
         compiled.keep(config.cache.mkdir("xla"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What the imports make stays to the end: no search for garbage looks at it, each of which would take a second."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 # Checkpoints that tests of several modules read, and none changes: made once in each worker, when first asked for.
