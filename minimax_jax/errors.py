@@ -54,6 +54,11 @@ class CheckpointError(Exception):
         return "\n".join(lines)
 
 
+def saying(error: BaseException) -> str:
+    """What an error says, or what kind it is where it says nothing: many of the network's have no text."""
+    return str(error).strip() or type(error).__name__
+
+
 class ConfigError(CheckpointError):
     """A config.json that is missing, malformed, or describes something this library does not support."""
 

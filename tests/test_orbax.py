@@ -13,7 +13,7 @@ from orbax_cases import BIAS, assert_same, expected, stored
 
 import minimax_jax as mj
 from minimax_jax.dtypes import DTYPES
-from minimax_jax.io import orbax as files
+from minimax_jax.io import orbax_rows
 from minimax_jax.jobs import orbax_plan
 from minimax_jax.jobs.orbax import read, write
 from minimax_jax.jobs.source import open_source
@@ -92,7 +92,7 @@ def test_float_weights_without_source_scales_get_fresh_ones(orbax_source, tmp_pa
 
 @pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3"])
 def test_many_small_chunks_and_units_at_a_time_give_the_same(orbax_source, orbax_written, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(files, "CHUNK_BYTES", 40_000)  # several chunks in most arrays, the last one not full
+    monkeypatch.setattr(orbax_rows, "CHUNK_BYTES", 40_000)  # several chunks in most arrays, the last one not full
     monkeypatch.setattr(orbax_plan, "_UNIT_BYTES", 1)  # an expert in each unit: several write to one chunk of scales
     write(open_source(orbax_source), tmp_path / "out", dtype=dtype, workers=4)
     assert len(list((tmp_path / "out" / "state" / "model.embed_tokens.weight").iterdir())) == 5  # 4 x 78 rows of 264
@@ -111,7 +111,7 @@ def test_many_small_chunks_and_units_at_a_time_give_the_same(orbax_source, orbax
     ],
 )
 def test_chunks_of_the_published_shapes(shape, itemsize, rows):
-    assert files.chunk_rows(shape, itemsize) == rows
+    assert orbax_rows.chunk_rows(shape, itemsize) == rows
 
 
 # ---- cross-checks

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from command_line import run_json
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 from servers import COMMIT, Handler, serving
 
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 REPOSITORY = "hf://org/made"
 TOKEN = "hf_standin"
+HTTP = sys.modules[errors.HTTPError.__module__]  # the library that the client builds on
 
 
 class UploadHandler(Handler):
@@ -183,6 +184,53 @@ def test_what_fails_leaves_the_output_whole_and_says_how_to_go_on(source, hub, t
     hub.faults.status = lambda path: None
     mj.push(tmp_path / "native", REPOSITORY)
     assert folders.files(hub.folder / "repository") == folders.files(tmp_path / "native")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(),
+        RuntimeError(),
+        ValueError(" \n"),
+        HTTP.ReadTimeout(""),
+        HTTP.ConnectError(""),
+        ConnectionError("\n\n"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("call", ["create_repo", "upload_folder"])
+def test_an_error_without_words_is_told_in_one_line_by_its_kind(source, hub, tmp_path, monkeypatch, call, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(f"huggingface_hub.HfApi.{call}", fail)
+    result = CliRunner().invoke(cli, ["push", str(source), REPOSITORY])
+    assert result.exit_code == 3
+    lines = [line.strip() for line in result.stderr.splitlines()]
+    assert lines[0] == "error: upload to the hub failed; the folder is whole as it was"
+    assert [line for line in lines if line.startswith(("file:", "got:"))] == [
+        f"file: {REPOSITORY}",
+        f"got: {type(error).__name__}",
+    ]
+    assert mj.verify(source, certificate=source / "certificate.json").good
+
+
+@pytest.mark.parametrize("words", ["no room\nand a long story", "\n  no room  \n"])
+def test_of_an_error_with_many_words_the_first_line_is_told(source, hub, monkeypatch, words):
+    def fail(*_, **__):
+        raise OSError(words)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", fail)
+    with pytest.raises(JobError, match="upload to the hub failed") as caught:
+        mj.push(source, REPOSITORY)
+    assert caught.value.problems[0].got == "no room"
+
+
+def test_an_endpoint_that_is_no_url_is_told(source, hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://[")
+    with pytest.raises(JobError, match="upload to the hub failed") as caught:
+        mj.push(source, REPOSITORY)
+    assert caught.value.problems[0].got
 
 
 def test_what_is_not_as_certified_is_not_pushed(source, hub):

@@ -70,7 +70,7 @@ def test_it_is_a_source_for_everything(source, made, tmp_path, layout, to):
 
 @pytest.mark.parametrize("layout", FURTHER)
 def test_small_units_and_chunks_give_the_same(source, made, tmp_path, monkeypatch, layout):
-    monkeypatch.setattr("minimax_jax.io.orbax.CHUNK_BYTES", 4_000)
+    monkeypatch.setattr("minimax_jax.io.orbax_rows.CHUNK_BYTES", 4_000)
     monkeypatch.setattr(orbax_plan, "_UNIT_BYTES", 1)
     monkeypatch.setattr(planning, "_UNIT_BYTES", 10_000)
     monkeypatch.setattr(planning, "LEAST_UNIT_BYTES", 10_000)

@@ -109,7 +109,7 @@ def test_nemos_model_loads_it(tmp_path):
 
 def test_small_units_and_many_files_give_the_same(sources, tmp_path, monkeypatch):
     monkeypatch.setattr("torch_bridge.chunks._UNIT_BYTES", 20_000)
-    monkeypatch.setattr("torch_bridge.dcp.DEFAULT_SHARD_BYTES", 500_000)
+    monkeypatch.setattr("torch_bridge.dcp_writer.DEFAULT_SHARD_BYTES", 500_000)
     dcp.write(open_source(sources / "hf"), tmp_path / "dcp", dtype="BF16", max_memory_bytes=2**30, workers=3)
     assert len(list((tmp_path / "dcp").glob("*.distcp"))) > 4
     assert differences(read(tmp_path / "dcp", sources / "bf16"), stored(sources / "bf16")) == []

@@ -6,36 +6,22 @@ torch keeps the table of contents of such a folder as a pickle: load only folder
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from minimax_jax.errors import CheckpointError, FormatError, JobError, LayoutError, Problem, raise_if
 from minimax_jax.io.files import io_errors
 from minimax_jax.io.folder import appearing
 from minimax_jax.io.jsonfile import write_json_atomic
-from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
 from minimax_jax.jobs.budget import peak_bytes, require_workers
 from minimax_jax.jobs.card import add_side_files
 from minimax_jax.jobs.run import Report
@@ -46,8 +32,8 @@ from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.nearby import did_you_mean
 from minimax_jax.progress import Progress, Ticker
 from torch_bridge import ranks
-from torch_bridge.arrays import TORCH
-from torch_bridge.chunks import Chunk, Maker, Unit, plan_units
+from torch_bridge.chunks import Maker, Unit, plan_units
+from torch_bridge.dcp_writer import Files, Planner
 
 _CONFIG = "config.json"
 
@@ -154,9 +140,9 @@ def write(
         with source.reader() as reader, contextlib.ExitStack() as stack:
             maker = Maker(source, reader, dtype)
             made = stack.enter_context(contextlib.closing(maker.stream(units, workers)))
-            planner = _Planner(units, made, ticker)
+            planner = Planner(units, made, ticker)
             with _quiet(), _own_errors(JobError, "checkpoint cannot be written", folder):
-                state_dict_saver.save({}, storage_writer=_Files(folder), planner=planner, no_dist=True)
+                state_dict_saver.save({}, storage_writer=Files(folder), planner=planner, no_dist=True)
         written_bytes = sum(file.stat().st_size for file in folder.iterdir())
         _add_side_files(source, folder, dtype)
     return Report(
@@ -179,85 +165,6 @@ def _tensors(units: list[Unit]) -> int:
 
 def _written_bytes(units: list[Unit]) -> int:
     return sum(chunk.nbytes for unit in units for chunk in unit.chunks)
-
-
-class _Planner(DefaultSavePlanner):
-    """Plans what units will give, and takes it from them when it is to be written, in the same order."""
-
-    def __init__(self, units: list[Unit], made: Iterator[tuple[Unit, list[torch.Tensor]]], ticker: Ticker):
-        super().__init__()
-        self._units = units
-        self._tensors = _one_by_one(made, ticker)
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
-    ) -> None:
-        """There is no state dict to look at."""
-
-    def create_local_plan(self) -> SavePlan:
-        """One item for each chunk."""
-        items = [_item(chunk) for unit in self._units for chunk in unit.chunks]
-        return SavePlan(items, planner_data={item.index.fqn: (item.index.fqn,) for item in items})
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """The plan is kept as it is."""
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        """The next tensor, which is that of `write_item`."""
-        chunk, tensor = next(self._tensors)
-        if _item(chunk).index != write_item.index:
-            raise JobError(Problem(what="torch asks for tensors in another order than planned", key=chunk.whole.key))
-        return tensor
-
-
-class _Files(FileSystemWriter):
-    """A writer of files of bounded size, which writes them in the order of the plan, on the calling thread."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder, thread_count=1, per_thread_copy_ahead=0)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write some items after the other to files of their own."""
-        results: list[WriteResult] = []
-        for number, items in enumerate(_by_file(plan.items)):
-            prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
-            written = super().write_data(dataclasses.replace(plan, items=items, storage_data=prefix), planner)
-            results += written.value()
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
-
-
-def _one_by_one(
-    made: Iterator[tuple[Unit, list[torch.Tensor]]], ticker: Ticker
-) -> Iterator[tuple[Chunk, torch.Tensor]]:
-    for unit, tensors in made:
-        ticker.tick(unit.read_bytes)
-        yield from zip(unit.chunks, tensors, strict=True)
-
-
-def _item(chunk: Chunk) -> WriteItem:
-    offsets = torch.Size([chunk.first, *[0] * (len(chunk.shape) - 1)])
-    data = TensorWriteData(
-        chunk=ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(chunk.shape)),
-        properties=TensorProperties(dtype=TORCH[chunk.whole.dtype]),
-        size=torch.Size(chunk.whole.shape),
-    )
-    return WriteItem(index=MetadataIndex(chunk.whole.key, offsets), type=WriteItemType.SHARD, tensor_data=data)
-
-
-def _by_file(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
-    group, filled = list[WriteItem](), 0
-    for item in items:
-        data = cast(TensorWriteData, item.tensor_data)
-        nbytes = data.chunk.sizes.numel() * data.properties.dtype.itemsize
-        if group and filled + nbytes > DEFAULT_SHARD_BYTES:
-            yield group
-            group, filled = [], 0
-        group.append(item)
-        filled += nbytes
-    yield group
 
 
 def _misfits(tensors: Mapping[str, torch.Tensor], metadata: Metadata, path: Path) -> Iterator[Problem]:

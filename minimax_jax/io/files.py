@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from minimax_jax.errors import CheckpointError, FormatError, JobError, Problem
+from minimax_jax.errors import CheckpointError, FormatError, JobError, Problem, saying
 from minimax_jax.io.location import Location
 from minimax_jax.nearby import did_you_mean
 
@@ -71,7 +71,7 @@ def io_errors(kind: type[CheckpointError], what: str, file: Location, *, given: 
         yield
     except OSError as error:
         remedy = did_you_mean(file) if given and isinstance(file, Path) else None
-        raise kind(Problem(what=what, file=str(file), got=error.strerror or str(error), remedy=remedy)) from error
+        raise kind(Problem(what=what, file=str(file), got=error.strerror or saying(error), remedy=remedy)) from error
 
 
 def open_regular(file: Path) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
-from minimax_jax.errors import FormatError, Problem
+from minimax_jax.errors import FormatError, Problem, saying
 from minimax_jax.io.extras import needs
 from minimax_jax.io.files import FileState
 from minimax_jax.io.location import Location, Url
@@ -194,7 +194,7 @@ def _fetch(file: Url, start: int, buffer: memoryview, pinned: FileState) -> int:
                     break
         except _broken() as error:  # must not leave the block, which would ask again
             if not done:
-                raise Transient(str(error) or type(error).__name__) from error
+                raise Transient(saying(error)) from error
     return done
 
 
@@ -209,16 +209,16 @@ def _errors(url: Url) -> Iterator[None]:
         raise
     except (errors.HFValidationError, errors.LocalEntryNotFoundError) as error:
         if isinstance(error, errors.LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
-            raise Transient(str(error.__cause__ or error)) from error
+            raise Transient(saying(error.__cause__ or error)) from error
         raise _refusal(url, error) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in _PASSING or status >= 500:
-            raise Transient(str(error)) from error
+            raise Transient(saying(error)) from error
         raise _refusal(url, error) from error
     except (_broken(), OSError) as error:
         if getattr(error, "errno", None) in (None, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT):
-            raise Transient(str(error) or type(error).__name__) from error
+            raise Transient(saying(error)) from error
         raise _refusal(url, error) from error
 
 
@@ -231,4 +231,4 @@ def _broken() -> type[Exception]:
 
 def _refusal(url: Url, error: Exception) -> FormatError:
     remedy = "check the name and the revision; for a gated or private repository, hf auth login or HF_TOKEN"
-    return FormatError(Problem(what="hub does not give this", file=str(url), got=str(error), remedy=remedy))
+    return FormatError(Problem(what="hub does not give this", file=str(url), got=saying(error), remedy=remedy))

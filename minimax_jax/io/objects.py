@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from minimax_jax.errors import FormatError, Problem
+from minimax_jax.errors import FormatError, Problem, saying
 from minimax_jax.io.extras import needs
 from minimax_jax.io.files import FileState
 from minimax_jax.io.location import Url
@@ -112,5 +112,5 @@ def _errors(url: Url) -> Iterator[None]:
         if not lasting and _ASSUMED_LASTING.isdisjoint(kind.__name__ for kind in type(error).__mro__):
             raise Transient(f"{type(error).__name__}: {error}") from error
         remedy = "check the URL, your credentials, and the region and endpoint in their configuration"
-        problem = Problem(what="store refuses to give this object", file=str(url), got=str(error), remedy=remedy)
+        problem = Problem(what="store refuses to give this object", file=str(url), got=saying(error), remedy=remedy)
         raise FormatError(problem) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from pathlib import Path
 
-from minimax_jax.errors import JobError, Problem
+from minimax_jax.errors import JobError, Problem, saying
 
 _SCHEME = "hf://"
 _EXPECTED = "hf://org/name"
@@ -74,8 +74,6 @@ def upload(folder: Path, repository: str, *, private: bool, message: str, remedy
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except (OSError, RuntimeError, ValueError, broken) as error:  # ValueError: a name or a card that it refuses
-        what, got = "upload to the hub failed; the folder is whole as it was", str(error) or type(error).__name__
-        raise JobError(
-            Problem(what=what, file=f"{_SCHEME}{repository}", got=got.splitlines()[0], remedy=remedy)
-        ) from error
+        what, got = "upload to the hub failed; the folder is whole as it was", saying(error).splitlines()[0]
+        raise JobError(Problem(what=what, file=f"{_SCHEME}{repository}", got=got, remedy=remedy)) from error
     return str(done.commit_url)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from minimax_jax.errors import FormatError, Problem
+from minimax_jax.errors import FormatError, Problem, saying
 from minimax_jax.io.extras import needs
 from minimax_jax.io.files import FileState
 from minimax_jax.io.location import Url
@@ -58,7 +58,7 @@ def _get(file: Url, start: int, buffer: memoryview) -> tuple[FileState, int]:
     try:
         found: tuple[FileState, int] = sync(system.loop, _read, system, file, start, buffer)
     except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-        raise Transient(str(error) or type(error).__name__) from error
+        raise Transient(saying(error)) from error
     return found
 
 

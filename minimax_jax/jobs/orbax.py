@@ -28,7 +28,7 @@ from minimax_jax.io import orbax
 from minimax_jax.io.folder import appearing, workshop_of
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.jsonfile import write_json_atomic
-from minimax_jax.io.orbax import Rows
+from minimax_jax.io.orbax_rows import Rows, lay_out
 from minimax_jax.jobs.card import add_side_files
 from minimax_jax.jobs.left_out import require_found, warn_of
 from minimax_jax.jobs.orbax_plan import OrbaxPlan, plan
@@ -85,7 +85,7 @@ def write(
     ticker = Ticker(planned.read_bytes, progress)
     with appearing(destination) as folder:
         folder.rmdir()  # Orbax makes it
-        orbax.lay_out(folder, planned.specs, chunks=planned.chunks, nest=nest if layout in NESTED else dict)
+        lay_out(folder, planned.specs, chunks=planned.chunks, nest=nest if layout in NESTED else dict)
         kept, fresh = _work(planned, folder, ticker)
         add_side_files(source, folder, form="orbax" if layout == "native" else layout, dtype=dtype)
         write_json_atomic(folder / CONFIG_NAME, planned.config.to_dict())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import JobError, LayoutError, Problem, RequestError, raise_if
-from minimax_jax.io.orbax import chunk_rows
+from minimax_jax.io.orbax_rows import chunk_rows
 from minimax_jax.jobs.budget import over_budget, peak_bytes, require_workers, share_bytes
 from minimax_jax.jobs.source import Source, batches, layout_specs
 from minimax_jax.jobs.streamed import StreamedPlan

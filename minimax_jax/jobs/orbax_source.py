@@ -15,7 +15,7 @@ from minimax_jax.io.checkpoint import Checkpoint
 from minimax_jax.io.files import FileState, as_bytes
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.location import Location
-from minimax_jax.io.orbax import Rows
+from minimax_jax.io.orbax_rows import Rows
 from minimax_jax.io.reader import Reader
 from minimax_jax.io.source import OpenFile
 from minimax_jax.jobs.left_out import set_aside

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.io import points
-from minimax_jax.io.orbax import Rows
+from minimax_jax.io.orbax_rows import Rows
 from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.heap import give_back
 from minimax_jax.jobs.orbax_plan import OrbaxPlan, OrbaxUnit
