@@ -1,4 +1,4 @@
-"""Every test runs with strict dtype promotion, no implicit rank promotion, and eight fake devices.
+"""Every test runs with strict dtype promotion, no implicit rank promotion, eight fake devices, and no network.
 
 Programs that XLA has compiled before, in another worker or in an earlier run, are taken from pytest's cache: most of
 the time of these tests goes into compiling (see `compiled.py`). `pytest --cache-clear` forgets them. Of the other
@@ -15,7 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import compiled
 import jax
+import no_network
 import pytest
+
+no_network.forbid_everywhere()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -35,6 +38,13 @@ def pytest_collection():
     finally:
         gc.enable()
         gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_network_is_used():
+    """Fails a test that tried to leave this machine, or that started a process that did."""
+    yield
+    assert no_network.taken() == []
 
 
 # Checkpoints that tests of several modules read, and none changes: made once in each worker, when first asked for.
@@ -112,3 +122,26 @@ def certified(tmp_path_factory):
 def certified_copy(certified, tmp_path):
     """Copies one of them, to be changed."""
     return lambda name: shutil.copytree(certified / name, tmp_path / name)
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """A checkpoint in several files, and one converted from it: what servers of tests hold."""
+    from remote_cases import make
+
+    return make(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def served_hf(served):
+    """The first of them alone."""
+    return served / "hf"
+
+
+@pytest.fixture
+def web(served):
+    """A web server of them."""
+    from servers import serving
+
+    with serving(served) as server:
+        yield server

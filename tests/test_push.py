@@ -227,7 +227,7 @@ def test_of_an_error_with_many_words_the_first_line_is_told(source, hub, monkeyp
 
 
 def test_an_endpoint_that_is_no_url_is_told(source, hub, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", "http://[")
+    monkeypatch.setattr(constants, "ENDPOINT", "nonsense://127.0.0.1")
     with pytest.raises(JobError, match="upload to the hub failed") as caught:
         mj.push(source, REPOSITORY)
     assert caught.value.problems[0].got

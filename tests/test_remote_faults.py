@@ -5,7 +5,7 @@ import shutil
 
 import folders
 import pytest
-from remote_cases import make, read_all, serving_large
+from remote_cases import read_all, serving_large
 from servers import Faults, serving
 
 import minimax_jax as mj
@@ -14,17 +14,6 @@ from minimax_jax.io import remote
 from minimax_jax.io.checkpoint import open_checkpoint
 from minimax_jax.io.location import locate
 from minimax_jax.io.reader import Reader
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def web(made):
-    with serving(made) as server:
-        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -92,26 +81,26 @@ def test_a_connection_that_never_gets_anywhere_is_an_error(large):
         reader.read(checkpoint.tensors["big"])
 
 
-def test_a_conversion_over_a_connection_that_keeps_breaking(made, web, tmp_path):
-    mj.convert(made / "hf", tmp_path / "near")
+def test_a_conversion_over_a_connection_that_keeps_breaking(served, web, tmp_path):
+    mj.convert(served / "hf", tmp_path / "near")
     web.faults = Faults(drop_after=9_999)
     mj.convert(f"{web.url}/hf", tmp_path / "far")
     assert folders.files(tmp_path / "far") == folders.files(tmp_path / "near")
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 416])
-def test_a_refusal_names_the_url_and_is_not_repeated(made, web, status):
+def test_a_refusal_names_the_url_and_is_not_repeated(served, web, status):
     web.faults = Faults(status=lambda path: status if path.endswith(".safetensors") else None)
     with pytest.raises(FormatError) as caught:
         mj.inspect(f"{web.url}/hf")
     files = {problem.file for problem in caught.value.problems}
-    assert f"{web.url}/hf/{folders.weight_files(made / 'hf')[0].name}" in files
+    assert f"{web.url}/hf/{folders.weight_files(served / 'hf')[0].name}" in files
     assert len(web.asked()) == len(set(web.asked())) == len(files)
     assert status in (404, 410) or all(problem.remedy for problem in caught.value.problems)
 
 
-def test_a_config_that_is_not_there(made, web, tmp_path):
-    shutil.copytree(made / "hf", tmp_path / "hf")
+def test_a_config_that_is_not_there(served, web, tmp_path):
+    shutil.copytree(served / "hf", tmp_path / "hf")
     (tmp_path / "hf" / "config.json").unlink()
     with serving(tmp_path) as server, pytest.raises(ConfigError, match=r"No such file(.|\n)*|config\.json"):
         mj.inspect(f"{server.url}/hf")

@@ -12,7 +12,6 @@ from moto.server import ThreadedMotoServer
 from raw_safetensors import write_file
 
 import minimax_jax as mj
-from minimax_jax import synthetic
 from minimax_jax.errors import ConfigError, FormatError
 from minimax_jax.io import remote
 from minimax_jax.io.checkpoint import open_checkpoint, side_files
@@ -20,13 +19,6 @@ from minimax_jax.io.location import locate
 from minimax_jax.io.reader import Reader
 
 REGION = "eu-central-1"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-    synthetic.synthesize(root / "hf", synthetic.config(layers=1, experts=3), shard_bytes=60_000)
-    return root / "hf"
 
 
 @pytest.fixture(scope="module")
@@ -80,27 +72,27 @@ def upload(s3, folder, prefix="m2/hf"):
     return f"s3://models/{prefix}"
 
 
-def test_a_conversion_from_s3_is_that_of_the_folder_byte_for_byte(made, s3, tmp_path):
-    url = upload(s3, made)
-    mj.convert(made, tmp_path / "near")
+def test_a_conversion_from_s3_is_that_of_the_folder_byte_for_byte(served_hf, s3, tmp_path):
+    url = upload(s3, served_hf)
+    mj.convert(served_hf, tmp_path / "near")
     mj.convert(url, tmp_path / "far")
     assert folders.files(tmp_path / "far") == folders.files(tmp_path / "near")
     assert "tokenizer.json" in folders.files(tmp_path / "far")
     assert mj.verify(url, tmp_path / "near").good
 
 
-def test_a_folder_is_listed(made, s3):
-    url = upload(s3, made)
+def test_a_folder_is_listed(served_hf, s3):
+    url = upload(s3, served_hf)
     s3.put_object(Bucket="models", Key="m2/hf/figures/a.png", Body=b"x")
     s3.put_object(Bucket="models", Key="m2/hf/.hidden", Body=b"x")
     s3.put_object(Bucket="models", Key="m2/hf/odd name?#%20.txt", Body=b"x")
     found = {file.name for file in side_files(locate(url))}
-    assert found == {file.name for file in side_files(made)} | {"odd name?#%20.txt"}
+    assert found == {file.name for file in side_files(served_hf)} | {"odd name?#%20.txt"}
 
 
-def test_headers_take_two_requests_a_file(made, s3, calls):
-    url = upload(s3, made)
-    near = mj.inspect(made)
+def test_headers_take_two_requests_a_file(served_hf, s3, calls):
+    url = upload(s3, served_hf)
+    near = mj.inspect(served_hf)
     assert mj.inspect(url).total == near.total
     assert calls["get_object"] <= near.files + 2  # config.json and the index
     assert calls["head_object"] <= near.files + 3  # and that there is no sidecar
@@ -144,15 +136,15 @@ def test_nothing_there(s3, url):
     assert url in str(caught.value)
 
 
-def test_a_config_that_is_not_there(made, s3):
-    url = upload(s3, made)
+def test_a_config_that_is_not_there(served_hf, s3):
+    url = upload(s3, served_hf)
     s3.delete_object(Bucket="models", Key="m2/hf/config.json")
     with pytest.raises(ConfigError, match=r"config\.json(.|\n)*No such object"):
         mj.inspect(url)
 
 
-def test_no_credentials_is_said_at_once(made, s3, monkeypatch):
-    url = upload(s3, made)
+def test_no_credentials_is_said_at_once(served_hf, s3, monkeypatch):
+    url = upload(s3, served_hf)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -176,10 +168,10 @@ def failing(monkeypatch, error, times):
     monkeypatch.setattr(s3fs.S3FileSystem, "cat_file", fail)
 
 
-def test_a_store_that_is_busy_is_asked_again(made, s3, monkeypatch):
-    url = upload(s3, made)
+def test_a_store_that_is_busy_is_asked_again(served_hf, s3, monkeypatch):
+    url = upload(s3, served_hf)
     failing(monkeypatch, OSError(5, "Please reduce your request rate"), 2)
-    assert mj.inspect(url).total == mj.inspect(made).total
+    assert mj.inspect(url).total == mj.inspect(served_hf).total
 
 
 @pytest.mark.parametrize(
@@ -190,8 +182,8 @@ def test_a_store_that_is_busy_is_asked_again(made, s3, monkeypatch):
         (OSError(22, "The authorization header is malformed; the region is wrong"), r"refuses(.|\n)*region"),
     ],
 )
-def test_a_store_that_refuses_or_keeps_failing(made, s3, monkeypatch, error, match):
-    url = upload(s3, made)
+def test_a_store_that_refuses_or_keeps_failing(served_hf, s3, monkeypatch, error, match):
+    url = upload(s3, served_hf)
     failing(monkeypatch, error, 10**9)
     with pytest.raises(FormatError, match=match) as caught:
         mj.inspect(url)
@@ -199,8 +191,8 @@ def test_a_store_that_refuses_or_keeps_failing(made, s3, monkeypatch, error, mat
 
 
 @pytest.mark.parametrize("lost", [1, 10**9])
-def test_fewer_bytes_than_asked_for_are_never_data(made, s3, monkeypatch, lost):
-    url, read = upload(s3, made), s3fs.S3FileSystem.cat_file
+def test_fewer_bytes_than_asked_for_are_never_data(served_hf, s3, monkeypatch, lost):
+    url, read = upload(s3, served_hf), s3fs.S3FileSystem.cat_file
     monkeypatch.setattr(
         s3fs.S3FileSystem, "cat_file", lambda self, path, **options: read(self, path, **options)[:-lost]
     )
@@ -220,10 +212,10 @@ def test_more_bytes_than_asked_for_are_never_data(s3, monkeypatch, tmp_path):
         open_checkpoint(locate(url))
 
 
-def test_what_fsspec_knows_beyond_that(made, tmp_path):
+def test_what_fsspec_knows_beyond_that(served_hf, tmp_path):
     memory = fsspec.filesystem("memory")
-    for file in made.iterdir():
+    for file in served_hf.iterdir():
         memory.pipe_file(f"/m2/{file.name}", file.read_bytes())
-    mj.convert(made, tmp_path / "near", dtype="fp8")
+    mj.convert(served_hf, tmp_path / "near", dtype="fp8")
     mj.convert("memory://m2", tmp_path / "far", dtype="fp8")
     assert folders.files(tmp_path / "far") == folders.files(tmp_path / "near")

@@ -7,7 +7,7 @@ from pathlib import Path
 import folders
 import pytest
 from raw_safetensors import write_file
-from remote_cases import make, read_all
+from remote_cases import read_all
 from servers import Faults, serving
 
 import minimax_jax as mj
@@ -15,44 +15,32 @@ from minimax_jax.errors import ConfigError, FormatError
 from minimax_jax.io.checkpoint import side_files
 from minimax_jax.io.location import Url, locate
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def web(made):
-    with serving(made) as server:
-        yield server
-
-
 # --- the same as on disk ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "options"), [("hf", {}), ("hf", {"dtype": "fp8"}), ("native", {"to": "hf-fp8"})])
-def test_a_conversion_is_that_of_the_folder_byte_for_byte(made, web, tmp_path, name, options):
-    mj.convert(made / name, tmp_path / "near", **options)
+def test_a_conversion_is_that_of_the_folder_byte_for_byte(served, web, tmp_path, name, options):
+    mj.convert(served / name, tmp_path / "near", **options)
     mj.convert(f"{web.url}/{name}", tmp_path / "far", **options)
     assert folders.files(tmp_path / "far") == folders.files(tmp_path / "near")
     assert "tokenizer.json" in folders.files(tmp_path / "far")
 
 
-def test_inspect_plan_verify_and_read_tree_take_a_url(made, web):
+def test_inspect_plan_verify_and_read_tree_take_a_url(served, web):
     url = f"{web.url}/hf/"
-    assert mj.inspect(url).by_dtype == mj.inspect(made / "hf").by_dtype
+    assert mj.inspect(url).by_dtype == mj.inspect(served / "hf").by_dtype
     assert str(mj.inspect(url).path) == f"{web.url}/hf"
-    assert mj.plan(url).shards == mj.plan(made / "hf").shards
-    seen = mj.verify(url, made / "native")
-    assert seen.good and seen.checkpoints[0].sha256 == mj.verify(made / "hf").checkpoints[0].sha256
-    far, near = mj.read_tree(url), mj.read_tree(made / "hf")
+    assert mj.plan(url).shards == mj.plan(served / "hf").shards
+    seen = mj.verify(url, served / "native")
+    assert seen.good and seen.checkpoints[0].sha256 == mj.verify(served / "hf").checkpoints[0].sha256
+    far, near = mj.read_tree(url), mj.read_tree(served / "hf")
     assert folders.described(far) == folders.described(near)
     assert not any(tensor.flags.writeable for tensor in far.values())
 
 
 @pytest.mark.parametrize("name", ["hf/model.safetensors.index.json", "native/model.safetensors"])
-def test_an_index_or_a_file_may_be_named(made, web, name):
-    assert mj.inspect(f"{web.url}/{name}").total == mj.inspect(made / name).total
+def test_an_index_or_a_file_may_be_named(served, web, name):
+    assert mj.inspect(f"{web.url}/{name}").total == mj.inspect(served / name).total
 
 
 def test_the_command_line_takes_a_url(web):
@@ -68,7 +56,7 @@ def test_names_with_odd_characters_are_found(tmp_path):
         assert read_all(server) == {"x": bytes(3)}
 
 
-def test_the_query_of_a_folder_goes_with_each_file_and_is_never_shown(made, web):
+def test_the_query_of_a_folder_goes_with_each_file_and_is_never_shown(served, web):
     seen = []
     web.faults = Faults(status=lambda path: seen.append(path) or (403 if path.endswith("config.json") else None))
     with pytest.raises(ConfigError) as caught:
@@ -80,9 +68,9 @@ def test_the_query_of_a_folder_goes_with_each_file_and_is_never_shown(made, web)
 # --- places -----------------------------------------------------------------------------------------------------------
 
 
-def test_side_files_of_the_usual_names_are_found(made, web):
+def test_side_files_of_the_usual_names_are_found(served, web):
     found = {file.name for file in side_files(locate(f"{web.url}/hf"))}
-    assert found == {file.name for file in side_files(made / "hf")} != set()
+    assert found == {file.name for file in side_files(served / "hf")} != set()
     assert side_files(locate(f"{web.url}/native/model.safetensors")) == ()
 
 

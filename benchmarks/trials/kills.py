@@ -35,12 +35,16 @@ def at_moments(work: list[Job], folder: Path, *, each: int) -> Iterator[Outcome]
 
 
 def at_random(work: list[Job], folder: Path, *, count: int, seed: int) -> Iterator[Outcome]:
-    """Kill at random times until there were `count` kills; a third of what is killed is killed again as it goes on."""
+    """Kill at random times; a third of what is killed is killed again as it goes on.
+
+    It ends after `count` kills, if each job has been killed by then: one that ends sooner than it did is missed.
+    """
     chance = random.Random(seed)
     results: dict[str, list[tuple[int, str]]] = {job.name: [] for job in work}
     for job in itertools.cycle(work):
         results[job.name].append(_survives_random(job, folder / "out", chance))
-        if sum(kills for found in results.values() for kills, _ in found) >= count:
+        killed = [sum(kills for kills, _ in found) for found in results.values()]
+        if sum(killed) >= count and (all(killed) or sum(map(len, results.values())) > 10 * count):
             break
     for job in work:
         yield _outcome(f"SIGKILL at a random time, {job.name}", results[job.name], goes_on=job.goes_on)

@@ -14,6 +14,7 @@ from minimax_jax.io import points
 from minimax_jax.io.files import io_errors, sync_folder
 from minimax_jax.io.journal import has_records
 from minimax_jax.io.jsonfile import TEMPORARY_SUFFIX
+from minimax_jax.io.location import locate
 
 MARK = ".unfinished"
 """The file that says of a folder that it is ours and not whole; locked by the process that fills it."""
@@ -41,7 +42,7 @@ def appearing(
     Raises:
         JobError: the destination is taken, cannot be written, or another process is at work on it.
     """
-    path = Path(os.path.realpath(destination))
+    path = _real(destination)
     workshop = workshop_of(path)
     folder = workshop / path.name
     with io_errors(JobError, "destination cannot be written", path):
@@ -70,10 +71,27 @@ def appearing(
         os.close(lock)
 
 
+def require_apart(source: str | Path, destination: str | Path) -> None:
+    """Check that a destination is not inside of a local source, whose files would change while they are read.
+
+    Raises:
+        JobError: it is.
+    """
+    place = locate(source)
+    if isinstance(place, Path) and place.is_dir() and _real(place) in _real(destination).parents:
+        what, remedy = "the destination is inside of the source", "choose a folder beside it"
+        raise JobError(Problem(what=what, file=str(destination), got=f"within {place}", remedy=remedy))
+
+
 def workshop_of(destination: str | Path) -> Path:
     """The folder in which a destination stands before it takes its name."""
-    path = Path(os.path.realpath(destination))
+    path = _real(destination)
     return path.with_name(f".{path.name}.partial")
+
+
+def _real(path: str | Path) -> Path:
+    """The path with its links followed, as far as they lead anywhere."""
+    return Path(os.path.realpath(path))
 
 
 def _name(folder: Path, path: Path) -> None:
@@ -85,7 +103,7 @@ def _name(folder: Path, path: Path) -> None:
 
 
 def _require_free(path: Path) -> None:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):  # a link here leads to itself
         what, remedy = "destination exists and is not an empty folder", "choose another, or delete it"
         raise JobError(Problem(what=what, file=str(path), remedy=remedy))
     if path.is_mount():
@@ -95,7 +113,7 @@ def _require_free(path: Path) -> None:
 
 def _claim(workshop: Path) -> int:
     """Make the workshop, marked, or take over one that is left; the descriptor that is returned locks its mark."""
-    if workshop.exists() and not _is_ours(workshop):
+    if os.path.lexists(workshop) and not _is_ours(workshop):
         what, remedy = "a folder that is not ours stands in the way", "move it away"
         raise JobError(Problem(what=what, file=str(workshop), remedy=remedy))
     workshop.mkdir(exist_ok=True)
@@ -129,6 +147,8 @@ def _require_no_work(workshop: Path, folder: Path) -> None:
 
 def _is_ours(workshop: Path) -> bool:
     """Whether it is marked; or empty, as it is just before it gets its mark and just after it has lost it."""
+    if workshop.is_symlink():  # what it leads to is not ours to empty
+        return False
     return (workshop / MARK).is_file() or (workshop.is_dir() and not any(workshop.iterdir()))
 
 

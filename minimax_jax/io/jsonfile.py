@@ -55,6 +55,11 @@ def is_text(value: object) -> bool:
     return value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
 
 
+def as_text(name: str) -> str:
+    """A name of the file system as UTF-8 can hold it: bytes that are none become escapes with a backslash."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def shown(key: str) -> str:
     """`key` as it may stand in a message: short, and without control characters."""
     return key if key.isprintable() and len(key) <= 200 else ascii(key)[:200]

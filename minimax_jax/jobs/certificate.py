@@ -12,7 +12,7 @@ from typing import Any
 
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.io.files import io_errors
-from minimax_jax.io.jsonfile import write_json_atomic
+from minimax_jax.io.jsonfile import as_text, write_json_atomic
 from minimax_jax.jobs.certified import FORMAT, SEAL, seal
 from minimax_jax.jobs.compare import RELATIONS, Comparison
 from minimax_jax.jobs.digests import Digest, FileDigest
@@ -90,7 +90,7 @@ def write_certificate(file: str | Path, seen: Verification) -> None:
 
 def _checkpoint(checkpoint: Digested) -> dict[str, Any]:
     return {
-        "path": str(checkpoint.path),
+        "path": as_text(str(checkpoint.path)),
         "layout": checkpoint.layout,
         "tensors": len(checkpoint.digests),
         "bytes": checkpoint.nbytes,
@@ -135,7 +135,7 @@ def _layer(summary: LayerSummary) -> dict[str, Any]:
 
 def _held(held: Held) -> dict[str, Any]:
     return {
-        "certificate": str(held.file),
+        "certificate": as_text(str(held.file)),
         "checkpoint": held.path,
         "tensors": held.tensors,
         "files": held.files,

@@ -17,7 +17,7 @@ from minimax_jax.io import source as places
 from minimax_jax.io.checkpoint import side_files
 from minimax_jax.io.files import FileState
 from minimax_jax.io.header import METADATA_KEY, PREFIX_BYTES
-from minimax_jax.io.jsonfile import parse_object
+from minimax_jax.io.jsonfile import as_text, parse_object
 from minimax_jax.io.location import Location
 from minimax_jax.jobs.compare import bytes_of
 from minimax_jax.jobs.source import Source, by_ranges
@@ -150,4 +150,4 @@ def _sha256(read_into: Callable[[int, memoryview], None], start: int, stop: int)
 
 
 def _name(file: Location, folder: Location) -> str:
-    return str(file)[len(str(folder)) + 1 :]
+    return as_text(str(file)[len(str(folder)) + 1 :])

@@ -9,8 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minimax_jax.errors import JobError, Problem
-from minimax_jax.io.location import locate
+from minimax_jax.io.folder import require_apart
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
 from minimax_jax.jobs import inspect as inspecting
 from minimax_jax.jobs import plan as planning
@@ -138,7 +137,7 @@ def convert(
         (32, ())
     """
     chosen = target(to, dtype)
-    _require_apart(path, destination)
+    require_apart(path, destination)
     if to in streamed_targets():
         require_known(to, shard_bytes=shard_bytes, check=check, restart=restart, distributed=distributed)
         write, source = load_target(to), open_source(path, ignore=ignore, leave_out=leave_out)
@@ -156,11 +155,3 @@ def convert(
         shard_bytes=shard_bytes,
     )
     return run(planned, destination, check=check or "sample", restart=restart, team=team, progress=progress)
-
-
-def _require_apart(path: str | Path, destination: str | Path) -> None:
-    """Refuse a destination inside of the source, whose files would change while they are read."""
-    source = locate(path)
-    if isinstance(source, Path) and source.is_dir() and source.resolve() in Path(destination).resolve().parents:
-        what, remedy = "the destination is inside of the source", "choose a folder beside it"
-        raise JobError(Problem(what=what, file=str(destination), got=f"within {source}", remedy=remedy))

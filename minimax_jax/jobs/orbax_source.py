@@ -19,7 +19,7 @@ from minimax_jax.io.orbax_rows import Rows
 from minimax_jax.io.reader import Reader
 from minimax_jax.io.source import OpenFile
 from minimax_jax.jobs.left_out import set_aside
-from minimax_jax.jobs.source import Source
+from minimax_jax.jobs.source import Source, require_own_config
 from minimax_jax.layout.check import survey
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.specs import TensorSpec
@@ -46,6 +46,7 @@ def open_orbax(path: str | Path, *, ignore: Collection[str] = (), leave_out: Col
     """
     folder = Path(path)
     arrays = orbax.describe(folder)
+    require_own_config(folder)
     config = MiniMaxConfig.from_pretrained(folder, ignore=ignore)
     tensors = {key: _info(array) for key, array in arrays.items()}
     states: dict[Location, FileState] = {folder: _state(folder)}

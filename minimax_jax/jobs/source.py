@@ -203,14 +203,29 @@ def _require_no_hub_id(place: Location) -> None:
 
 
 def _read_config(folder: Location, ignore: Collection[str]) -> MiniMaxConfig:
-    if isinstance(folder, Path):
-        return MiniMaxConfig.from_pretrained(folder, ignore=ignore)
     file = folder / CONFIG_NAME
+    if isinstance(folder, Path):
+        require_own_config(folder)
+        return MiniMaxConfig.from_pretrained(folder, ignore=ignore)
     try:
         text = places.read_whole(file, most_bytes=MOST_CONFIG_BYTES, what=CONFIG_NAME)
     except FormatError as error:
         raise ConfigError(error.problems) from error
     return MiniMaxConfig.from_json(text, file=str(file), ignore=ignore)
+
+
+def require_own_config(folder: Path) -> None:
+    """Check that the config.json of a checkpoint, if there is one, lies in its folder.
+
+    Raises:
+        ConfigError: it is no regular file, or a link that leads out of the folder.
+    """
+    file = folder / CONFIG_NAME
+    try:
+        if os.path.lexists(file):
+            places.require_within(file, folder)
+    except FormatError as error:
+        raise ConfigError(error.problems) from error
 
 
 def _open_sidecar(folder: Location) -> Checkpoint | None:
