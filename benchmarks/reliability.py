@@ -31,6 +31,7 @@ from trials.outcome import Outcome  # noqa: E402
 import minimax_jax.jobs.orbax  # noqa: E402 - children are forked: what they need is imported once
 import minimax_jax.jobs.run  # noqa: E402
 import minimax_jax.jobs.verify  # noqa: E402, F401
+import torch_bridge.dcp  # noqa: E402, F401
 from minimax_jax.io import orbax  # noqa: E402
 
 PARTS = ("kills", "teams", "faults", "inputs")

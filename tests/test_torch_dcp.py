@@ -115,6 +115,17 @@ def test_small_units_and_many_files_give_the_same(sources, tmp_path, monkeypatch
     assert differences(read(tmp_path / "dcp", sources / "bf16"), stored(sources / "bf16")) == []
 
 
+def test_the_same_tensors_are_the_same_bytes_wherever_and_however_they_are_written(sources, tmp_path):
+    for name, workers in (("one", 1), ("other", 3)):
+        dcp.write(open_source(sources / "hf"), tmp_path / name, dtype="BF16", max_memory_bytes=2**30, workers=workers)
+        tensors = {"a": torch.arange(6.0).reshape(2, 3)}
+        dcp.save(tensors, tmp_path / f"saved-{name}", config(**SIZES))
+    for prefix in ("", "saved-"):
+        one = folders.files(tmp_path / f"{prefix}one")
+        assert one == folders.files(tmp_path / f"{prefix}other")
+        assert str(tmp_path).encode() not in one[".metadata"]
+
+
 def test_failures_leave_nothing_behind(odd, sources, tmp_path):
     copy = shutil.copytree(sources / "hf", tmp_path / "copy")
     opened = open_source(copy)

@@ -33,7 +33,7 @@ from minimax_jax.nearby import did_you_mean
 from minimax_jax.progress import Progress, Ticker
 from torch_bridge import ranks
 from torch_bridge.chunks import Maker, Unit, plan_units
-from torch_bridge.dcp_writer import Files, Planner
+from torch_bridge.dcp_writer import Files, Nameless, Planner
 
 _CONFIG = "config.json"
 
@@ -53,7 +53,7 @@ def save(tensors: Mapping[str, torch.Tensor], path: str | Path, config: MiniMaxC
     """
     with ranks.appearing_for_all(path) as folder:
         with _quiet(), _own_errors(JobError, "checkpoint cannot be written", folder):
-            state_dict_saver.save(dict(tensors), checkpoint_id=folder)
+            state_dict_saver.save(dict(tensors), storage_writer=Nameless(folder))
         if ranks.writes():
             write_json_atomic(folder / _CONFIG, config.to_dict())
 

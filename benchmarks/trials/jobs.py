@@ -19,6 +19,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "native bf16": {"to": "native", "dtype": "bf16", "workers": 2, "shard_bytes": 300_000},
     "transformers-v5 bf16": {"to": "transformers-v5", "dtype": "bf16", "workers": 2, "shard_bytes": 300_000},
     "maxtext bf16": {"to": "maxtext", "dtype": "bf16", "workers": 2},
+    "orbax fp8": {"to": "orbax", "dtype": "fp8", "workers": 2},
+    "dcp bf16": {"to": "dcp", "dtype": "bf16", "workers": 2},
     "native fp8": {"to": "native", "dtype": "fp8", "workers": 1, "shard_bytes": 300_000},
     "hf bf16": {"to": "hf", "dtype": "bf16", "workers": 3, "shard_bytes": 300_000},
     "transformers-v5 fp8": {"to": "transformers-v5", "dtype": "fp8", "workers": 2, "shard_bytes": 300_000},
