@@ -111,6 +111,14 @@ def orbax_written(orbax_source, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def forms(tmp_path_factory):
+    """A folder of one model in every form that can be compared."""
+    from form_cases import write_all
+
+    return write_all(tmp_path_factory.mktemp("forms"))
+
+
+@pytest.fixture(scope="session")
 def certified(tmp_path_factory):
     """A checkpoint in three forms, and the certificates of two of them."""
     from certified_cases import make

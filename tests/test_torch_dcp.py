@@ -34,11 +34,6 @@ HOW = {"max_memory_bytes": 2**30, "workers": 2}
 
 
 @pytest.fixture(scope="module")
-def odd():
-    return config(num_local_experts=4)
-
-
-@pytest.fixture(scope="module")
 def sources(odd, tmp_path_factory):
     """One checkpoint as Hugging Face FP8, and natively in every dtype."""
     folder = tmp_path_factory.mktemp("sources")
