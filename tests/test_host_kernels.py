@@ -35,7 +35,7 @@ def asked(monkeypatch):
     monkeypatch.setenv(host.VARIABLE, "numba")
 
 
-# Rows and columns about the 16 bytes of a vector, the strips and the tiles, blocks that divide them and that do not.
+# Rows and columns about the lines and the tiles, blocks that divide them and that do not, nor are divided by them.
 SHAPES = [
     (2, 2, 40, 72, (16, 8)),
     (3, 1, 37, 53, (16, 8)),
@@ -43,6 +43,8 @@ SHAPES = [
     (1, 3, 129, 1, (128, 128)),
     (1, 2, 1600, 33, (128, 128)),
     (2, 2, 256, 384, (128, 128)),
+    (1, 2, 192, 200, (64, 64)),
+    (1, 2, 192, 200, (96, 48)),
 ]
 OF_SHAPES = pytest.mark.parametrize(("experts", "parts", "rows", "cols", "block"), SHAPES)
 OF_SHAPES_AND_FLOATS = pytest.mark.parametrize(

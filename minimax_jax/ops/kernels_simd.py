@@ -1,0 +1,298 @@
+"""What the kernels do to many numbers at once, in LLVM's terms: for any processor, and in whole lines of its cache.
+
+Arrays are seen as `minimax_jax.ops.kernels_numba` has them; of two axes, the last is without gaps. No bound is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+import llvmlite.ir as ir
+import numba
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from minimax_jax.ops.kernels_lanes import (
+    FLOAT,
+    HALF,
+    I8,
+    I16,
+    I32,
+    I64,
+    LINE_BYTES,
+    BFloat,
+    Lanes,
+    fetch,
+    join,
+    place_of,
+    places_below,
+    shuffle,
+    store,
+)
+
+GROUP = 64
+"""Weights at a time: their codes fill a line."""
+
+_AHEAD = 256
+"""Columns of weights by which the encoder has memory brought to the cache."""
+
+SQUARE_BYTES = 16
+"""Of the columns that are transposed at a time."""
+
+_ASKED = numba.config.CPU_FEATURES
+_FEATURES = llvm.get_host_cpu_features().flatten() if _ASKED is None else _ASKED
+TABLES = "+avx512vbmi" in _FEATURES.split(",")
+"""Whether the processor looks up 64 bytes at a time in a table of 128."""
+
+_ROUNDS = "+avx512bf16" in _FEATURES.split(",")
+"""Whether the processor rounds to bfloat16; elsewhere LLVM may call a function for that, which is not there."""
+
+_NAN = {types.uint16: 0x7FC0, types.int16: 0x7E00, types.uint32: 0x7FC00000}
+"""NaN, by what the bits of weights are seen as."""
+
+
+# --- lines -----------------------------------------------------------------------------------------------------------
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def address(_: Any, array: Any, row: Any) -> Any:
+    """Where a row begins."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return place_of(context, builder, array, *args, I64(0))
+
+    return types.intp(array, types.intp), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fence(_: Any) -> Any:
+    """What went past the cache is there for other threads."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+# --- codes -----------------------------------------------------------------------------------------------------------
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def decode_group(_: Any, codes: Any, spread: Any, target: Any, row: Any, col: Any, even: Any) -> Any:
+    """Weights of GROUP codes: `target[row, col : col + GROUP]`.
+
+    Args:
+        codes: `[rows, cols]`.
+        spread: 256 times the scale of each column, float32 `[cols]`.
+        target: bits of the weights, `[rows, cols]`.
+        row: of codes and weights.
+        col: of codes and weights.
+        even: see `store`.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = Lanes(builder, GROUP)
+        code = lanes.load(place_of(context, builder, codes, args[0], *args[3:5]), I8)
+        scale = lanes.load(place_of(context, builder, spread, args[1], args[4]), FLOAT)
+        weights = _decode(lanes, code, scale, target.dtype)
+        store(builder, weights, place_of(context, builder, target, *args[2:5]), args[5])
+        return context.get_dummy_value()
+
+    return types.void(codes, spread, target, types.intp, types.intp, types.boolean), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def decode_turned(_: Any, codes: Any, row: Any, col: Any, spread: Any, target: Any, even: Any) -> Any:
+    """As `turn`, and decode on the way; `spread` has 256 times the scale of each row, float32 `[rows]`."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = Lanes(builder, GROUP)
+        scale = lanes.load(place_of(context, builder, spread, args[3], args[1]), FLOAT)
+        _turn(
+            context, builder, signature, (*args[:3], *args[4:]), lambda code: _decode(lanes, code, scale, target.dtype)
+        )
+        return context.get_dummy_value()
+
+    return types.void(codes, types.intp, types.intp, spread, target, types.boolean), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def look_up_turned(_: Any, codes: Any, row: Any, col: Any, table: Any, target: Any, even: Any) -> Any:
+    """As `turn`, and look up on the way; for weights of two bytes, where TABLES.
+
+    `table` has the lower bytes of the weights of codes 0 to 127, then the upper ones, uint8 `[256]`.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = Lanes(builder, GROUP)
+        tables = [lanes.load(place_of(context, builder, table, args[3], I64(at)), I8) for at in range(0, 256, GROUP)]
+        _turn(context, builder, signature, (*args[:3], *args[4:]), lambda code: _look_up(lanes, code, tables))
+        return context.get_dummy_value()
+
+    def nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_dummy_value()
+
+    known = TABLES and target.dtype.bitwidth == 16
+    return types.void(codes, types.intp, types.intp, table, target, types.boolean), emit if known else nothing
+
+
+def _look_up(lanes: Lanes, code: Any, tables: list[Any]) -> Any:
+    build, line = lanes.builder, lanes.of(I8)
+    kind = ir.FunctionType(line, [line] * 3)
+    look_up = cgutils.get_or_insert_function(build.module, kind, "llvm.x86.avx512.vpermi2var.qi.512")
+    low, high = (build.call(look_up, [tables[half], code, tables[half + 1]]) for half in (0, 2))
+    high = build.xor(high, build.and_(code, lanes.constant(I8, 0x80)))
+    pairs = shuffle(build, low, high, [place for lane in range(GROUP) for place in (lane, GROUP + lane)])
+    return build.bitcast(pairs, lanes.of(I16))
+
+
+def _decode(lanes: Lanes, code: Any, scale: Any, kind: Any) -> Any:
+    build, wide = lanes.builder, ir.IntType(kind.bitwidth)
+    size = build.and_(code, lanes.constant(I8, 0x7F))  # read as a float16, whose exponents begin 8 lower
+    half = build.shl(build.zext(size, lanes.of(I16)), lanes.constant(I16, 7))
+    weight = build.fmul(build.fpext(build.bitcast(half, lanes.of(HALF)), lanes.of(FLOAT)), scale)
+    is_nan = build.icmp_unsigned("==", size, lanes.constant(I8, 0x7F))
+    bits = build.select(is_nan, lanes.constant(wide, _NAN[kind]), _round(lanes, weight, kind))
+    return build.xor(bits, build.and_(build.sext(code, lanes.of(wide)), lanes.constant(wide, 1 << (wide.width - 1))))
+
+
+def _round(lanes: Lanes, weight: Any, kind: Any) -> Any:
+    """Bits of the nearest weights, ties to even."""
+    build = lanes.builder
+    if kind == types.uint16 and not _ROUNDS:
+        bits = build.bitcast(weight, lanes.of(I32))
+        odd = build.and_(build.lshr(bits, lanes.constant(I32, 16)), lanes.constant(I32, 1))
+        bits = build.add(build.add(bits, lanes.constant(I32, 0x7FFF)), odd)
+        return build.trunc(build.lshr(bits, lanes.constant(I32, 16)), lanes.of(I16))
+    if kind != types.uint32:
+        weight = build.fptrunc(weight, lanes.of(BFloat() if kind == types.uint16 else HALF))
+    return build.bitcast(weight, lanes.of(ir.IntType(kind.bitwidth)))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def peak(_: Any, weights: Any, col: Any, rows: Any) -> Any:
+    """The largest bits without sign in `weights[:rows, col : col + GROUP]`, which is amax: NaN is above all."""
+    bits = ir.IntType(weights.dtype.bitwidth)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array, col, rows = args
+        lanes = Lanes(builder, GROUP)
+        peaks = cgutils.alloca_once_value(builder, lanes.constant(bits, 0))
+        with cgutils.for_range(builder, rows) as loop:
+            place = place_of(context, builder, weights, array, loop.index, col)
+            sizes = builder.and_(lanes.load(place, bits), lanes.constant(bits, (1 << (bits.width - 1)) - 1))
+            larger = builder.icmp_unsigned(">", sizes, builder.load(peaks))
+            builder.store(builder.select(larger, sizes, builder.load(peaks)), peaks)
+        kind = ir.FunctionType(bits, [lanes.of(bits)])
+        name = f"llvm.vector.reduce.umax.v{GROUP}i{bits.width}"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [builder.load(peaks)])
+
+    return weights.dtype(weights, types.intp, types.intp), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def encode_group(_: Any, weights: Any, col: Any, limits: Any, codes: Any) -> Any:
+    """Codes of bfloat16 weights that have one scale: `codes[:, col : col + GROUP]`.
+
+    From code 8 on, eight codes make a power of two, and the same bits after the exponent begin a code in each of them.
+    The few smaller weights are held against the limits of their codes.
+
+    Args:
+        weights: bits, `[rows, cols]`.
+        col: the first column.
+        limits: bits of the smallest weight that has code `k` or a larger one, at place `k`, uint16 `[17]`.
+        codes: `[rows, cols]`.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = Lanes(builder, GROUP)
+        limit = [
+            builder.load(builder.inttoptr(place_of(context, builder, limits, args[2], I64(code)), I16.as_pointer()))
+            for code in range(17)
+        ]
+        first = builder.sub(limit[16], I16(0x80))  # of the power of two of code 8, whose own limit is lower
+        steps = [builder.trunc(builder.sub(limit[code], first), I8) for code in range(9, 16)]
+        rows = cgutils.unpack_tuple(builder, context.make_array(codes)(context, builder, args[3]).shape, 2)[0]
+        with cgutils.for_range(builder, rows) as loop:
+            bits = lanes.load(place_of(context, builder, weights, args[0], loop.index, args[1]), I16)
+            code = _encode(lanes, bits, first, steps, limit[1:9])
+            place = place_of(context, builder, codes, args[3], loop.index, args[1])
+            builder.store(code, builder.inttoptr(place, code.type.as_pointer()), align=1)
+            ahead = place_of(context, builder, weights, args[0], loop.index, builder.add(args[1], I64(_AHEAD)))
+            fetch(builder, ahead)
+            fetch(builder, builder.add(ahead, I64(LINE_BYTES)))
+        return context.get_dummy_value()
+
+    return types.void(weights, types.intp, limits, codes), emit
+
+
+def _encode(lanes: Lanes, bits: Any, first: Any, steps: list[Any], small_limits: list[Any]) -> Any:
+    build, narrow = lanes.builder, lanes.of(I8)
+    size = build.and_(bits, lanes.constant(I16, 0x7FFF))
+    above = build.sub(bits, lanes.same(first))  # with the sign where it was, unless the weight is small
+    low = build.and_(build.trunc(above, narrow), lanes.constant(I8, 0x7F))
+    eights = build.trunc(build.lshr(above, lanes.constant(I16, 4)), narrow)
+    eights = build.add(build.and_(eights, lanes.constant(I8, 0x78)), lanes.constant(I8, 8))
+    code = cgutils.alloca_once_value(build, build.add(eights, lanes.count_reached(low, steps)))
+    small = build.icmp_unsigned("<", size, lanes.same(first))
+    with build.if_then(build.icmp_unsigned("!=", build.bitcast(small, I64), I64(0)), likely=False):
+        few = build.trunc(lanes.count_reached(size, small_limits), narrow)
+        build.store(build.select(small, few, build.load(code)), code)
+    sign = build.trunc(build.lshr(bits, lanes.constant(I16, 8)), narrow)
+    return build.or_(build.load(code), build.and_(sign, lanes.constant(I8, 0x80)))
+
+
+# --- transposing -----------------------------------------------------------------------------------------------------
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def turn(_: Any, source: Any, row: Any, col: Any, target: Any, even: Any) -> Any:
+    """Transpose rows that make up a line, SQUARE_BYTES wide: `target[col + j, row + i] = source[row + i, col + j]`.
+
+    Args:
+        source: `[rows, cols]`.
+        row: the first row.
+        col: the first column.
+        target: `[cols, rows]`.
+        even: see `store`.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _turn(context, builder, signature, args, lambda line: line)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, target, types.boolean), emit
+
+
+def _turn(context: Any, builder: Any, signature: Any, args: Any, change: Callable[[Any], Any]) -> None:
+    """Rows come in squares, one below the other, and the same row of all squares is worked on at a time.
+
+    Interleaving the first half of the rows with the second half, as often as the side has bits, is a transposition.
+    What is needed after the next line is brought to the cache: a part of it each time, since several share that line.
+    """
+    kind, goal, (source, row, col, target, even) = signature.args[0], signature.args[-2], args
+    item = ir.IntType(kind.dtype.bitwidth)
+    side, squares = 8 * SQUARE_BYTES // item.width, LINE_BYTES // SQUARE_BYTES
+    places = places_below(context, builder, kind, source, row, col, side * squares)
+    mine = builder.and_(builder.udiv(col, I64(side)), I64(squares - 1))
+    ahead = builder.add(col, I64(2 * side * squares))
+    for place in places_below(
+        context, builder, kind, source, builder.add(row, builder.mul(mine, I64(side))), ahead, side
+    ):
+        fetch(builder, place)
+    lanes, whole = Lanes(builder, side), side * squares
+    pieces = [lanes.load(place, item) for place in places]
+    rows = [join(builder, pieces[lane::side]) for lane in range(side)]
+    halves = [
+        [square + lane + other for square in range(0, whole, side) for lane in half for other in (0, whole)]
+        for half in (range(side // 2), range(side // 2, side))
+    ]
+    for _ in range(side.bit_length() - 1):
+        pairs = zip(rows[: side // 2], rows[side // 2 :], strict=True)
+        rows = [shuffle(builder, *pair, half) for pair in pairs for half in halves]
+    for line, place in zip(rows, places_below(context, builder, goal, target, col, row, side), strict=True):
+        store(builder, change(line), place, even)
