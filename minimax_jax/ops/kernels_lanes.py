@@ -43,6 +43,10 @@ class Lanes:
         """A number, in every lane."""
         return ir.Constant(self.of(kind), [value] * self.count)
 
+    def numbers(self, kind: Any, start: int) -> Any:
+        """`start`, and what comes after it."""
+        return ir.Constant(self.of(kind), list(range(start, start + self.count)))
+
     def same(self, value: Any) -> Any:
         """A value of the program, in every lane."""
         empty = ir.Constant(self.of(value.type), ir.Undefined)
@@ -52,6 +56,13 @@ class Lanes:
     def load(self, place: Any, kind: Any) -> Any:
         """A vector from memory."""
         return self.builder.load(self.builder.inttoptr(place, self.of(kind).as_pointer()), align=1)
+
+    def look_up(self, tables: list[Any], places: Any) -> Any:
+        """Bytes of a table of 128, in two halves, by the lower seven bits of the places; for 64 lanes, on some x86."""
+        kind = ir.FunctionType(self.of(I8), [self.of(I8)] * 3)
+        name = "llvm.x86.avx512.vpermi2var.qi.512"
+        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
+        return self.builder.call(function, [tables[0], places, tables[1]])
 
     def count_reached(self, values: Any, limits: list[Any]) -> Any:
         """How many of the limits a value reaches, lane by lane."""

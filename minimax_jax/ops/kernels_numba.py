@@ -33,7 +33,7 @@ from minimax_jax.ops.kernels_lanes import LINE_BYTES
 F = TypeVar("F", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
 
-PIECES = "1b89f70dcae98eec0b6cd8eba30d6df266d027a8b697ff72f345671124212a48"
+PIECES = "28ac3a7eba8245c8d6489f44e5d70ad2df599e2a4b32568b59e47eddc6ed7c80"
 """SHA-256 of what kernels_bits.py, kernels_lanes.py and kernels_simd.py hold, in this order."""
 
 _TILE_ROWS = 256

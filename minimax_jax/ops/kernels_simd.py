@@ -141,10 +141,7 @@ def look_up_turned(_: Any, codes: Any, row: Any, col: Any, table: Any, target: A
 
 
 def _look_up(lanes: Lanes, code: Any, tables: list[Any]) -> Any:
-    build, line = lanes.builder, lanes.of(I8)
-    kind = ir.FunctionType(line, [line] * 3)
-    look_up = cgutils.get_or_insert_function(build.module, kind, "llvm.x86.avx512.vpermi2var.qi.512")
-    low, high = (build.call(look_up, [tables[half], code, tables[half + 1]]) for half in (0, 2))
+    build, low, high = lanes.builder, lanes.look_up(tables[:2], code), lanes.look_up(tables[2:], code)
     high = build.xor(high, build.and_(code, lanes.constant(I8, 0x80)))
     pairs = shuffle(build, low, high, [place for lane in range(GROUP) for place in (lane, GROUP + lane)])
     return build.bitcast(pairs, lanes.of(I16))
@@ -216,10 +213,15 @@ def encode_group(_: Any, weights: Any, col: Any, limits: Any, codes: Any) -> Any
         ]
         first = builder.sub(limit[16], I16(0x80))  # of the power of two of code 8, whose own limit is lower
         steps = [builder.trunc(builder.sub(limit[code], first), I8) for code in range(9, 16)]
+        tables = [lanes.count_reached(lanes.numbers(I8, start), steps) for start in (0, GROUP)] if TABLES else []
+
+        def count(low: Any) -> Any:
+            return lanes.look_up(tables, low) if TABLES else lanes.count_reached(low, steps)
+
         rows = cgutils.unpack_tuple(builder, context.make_array(codes)(context, builder, args[3]).shape, 2)[0]
         with cgutils.for_range(builder, rows) as loop:
             bits = lanes.load(place_of(context, builder, weights, args[0], loop.index, args[1]), I16)
-            code = _encode(lanes, bits, first, steps, limit[1:9])
+            code = _encode(lanes, bits, first, count, limit[1:9])
             place = place_of(context, builder, codes, args[3], loop.index, args[1])
             builder.store(code, builder.inttoptr(place, code.type.as_pointer()), align=1)
             ahead = place_of(context, builder, weights, args[0], loop.index, builder.add(args[1], I64(_AHEAD)))
@@ -230,14 +232,14 @@ def encode_group(_: Any, weights: Any, col: Any, limits: Any, codes: Any) -> Any
     return types.void(weights, types.intp, limits, codes), emit
 
 
-def _encode(lanes: Lanes, bits: Any, first: Any, steps: list[Any], small_limits: list[Any]) -> Any:
+def _encode(lanes: Lanes, bits: Any, first: Any, count: Callable[[Any], Any], small_limits: list[Any]) -> Any:
     build, narrow = lanes.builder, lanes.of(I8)
     size = build.and_(bits, lanes.constant(I16, 0x7FFF))
     above = build.sub(bits, lanes.same(first))  # with the sign where it was, unless the weight is small
     low = build.and_(build.trunc(above, narrow), lanes.constant(I8, 0x7F))
     eights = build.trunc(build.lshr(above, lanes.constant(I16, 4)), narrow)
     eights = build.add(build.and_(eights, lanes.constant(I8, 0x78)), lanes.constant(I8, 8))
-    code = cgutils.alloca_once_value(build, build.add(eights, lanes.count_reached(low, steps)))
+    code = cgutils.alloca_once_value(build, build.add(eights, count(low)))
     small = build.icmp_unsigned("<", size, lanes.same(first))
     with build.if_then(build.icmp_unsigned("!=", build.bitcast(small, I64), I64(0)), likely=False):
         few = build.trunc(lanes.count_reached(size, small_limits), narrow)
