@@ -59,10 +59,7 @@ def transpose(sources: tuple[Array, ...], target: Array) -> None:
     """Matrices `[rows, cols]` of any type, side by side and transposed: `target [cols, parts*rows]`."""
     rows = sources[0].shape[0]
     for part in range(len(sources)):
-        for row in range(0, rows, _TILE_ROWS):
-            high = min(_TILE_ROWS, rows - row)
-            start = part * rows + row
-            _transpose_tile(sources[part][row : row + high], target[:, start : start + high])
+        _transpose_tile(sources[part], target[:, part * rows : (part + 1) * rows])
     simd.fence()
 
 
