@@ -58,8 +58,7 @@ build/aot: pyproject.toml
 		$$($(BIN)/python -c 'import jax; [print(f"jax-cuda12-{name}=={jax.__version__}") for name in ("plugin", "pjrt")]')
 	touch $@
 
-reliability: .venv/base
-	$(BIN)/pip install --quiet --editable ".[orbax]"
+reliability: .venv/test
 	$(BIN)/python benchmarks/reliability.py --output docs/reliability.md $(RELIABILITY_FLAGS)
 
 # Guided by coverage, FUZZ_SECONDS for each parser; what it finds lies in build/fuzz. atheris runs on Linux, Python 3.11
