@@ -1,10 +1,12 @@
 """The kernels on whole lines of the cache, against numpy and ml_dtypes: every code, every bfloat16, every alignment."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import process
 from helpers import BF16, F32
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,6 +82,27 @@ def test_every_bfloat16_that_has_a_code_gets_it(significand, exponent, given_sca
     turned = np.zeros(codes.T.shape, np.uint8)
     kernels.encode(read_only(host.bits(every)), 0, 128, (128, 128), scales, True, turned, True)
     assert not given_scales or np.array_equal(turned, codes.T)
+
+
+@OF_DTYPES
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weights_that_are_not_finite_keep_no_scales(dtype, transposed):
+    """Under scales of every significand: what such weights have for a code must not pass for theirs."""
+    codes = np.zeros((64, 1) if transposed else (1, 64), np.uint8)
+    for number in np.array([np.nan, -np.nan, np.inf, -np.inf], dtype):
+        weights = np.zeros((1, 64), dtype)
+        weights[0, 7] = number
+        significands = np.linspace(1, 2, 128, endpoint=False, dtype=np.float32)
+        for scales in np.ldexp(significands[:, None], [*range(-16, 0), 17]).reshape(-1, 1, 1):
+            call = read_only(host.bits(weights)), 0, 64, (128, 128), scales, True, codes, transposed
+            assert kernels.encode(*call) == kernels.CHANGED
+
+
+def test_all_of_it_is_the_same_in_instructions_that_most_processors_have(monkeypatch):
+    monkeypatch.setenv("NUMBA_ENABLE_AVX", "0")
+    plain = "-n", "0", "-p", "no:cacheprovider"
+    done = process(sys.executable, "-m", "pytest", *plain, __file__, "-k", "every")
+    assert done.returncode == 0, done.stdout
 
 
 def test_what_numba_kept_is_out_of_date_when_a_module_beside_it_changes():

@@ -108,7 +108,7 @@ def rounded(x: Any, like: Any) -> Any:
 @overload(rounded)  # type: ignore[untyped-decorator]
 def _rounded_overload(x: Any, like: Any) -> Any:
     def bfloat16(x: Any, like: Any) -> Any:
-        bits = bits_of(x)  # of a NaN, those of `_float_of_code`: the sum leaves its upper half alone
+        bits = bits_of(x)  # of a NaN, those of `float_of_code`: the sum leaves its upper half alone
         return U16(U32(bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) >> U32(16))
 
     def float16(x: Any, like: Any) -> Any:

@@ -33,7 +33,7 @@ from minimax_jax.ops.kernels_lanes import LINE_BYTES
 F = TypeVar("F", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
 
-PIECES = "28ac3a7eba8245c8d6489f44e5d70ad2df599e2a4b32568b59e47eddc6ed7c80"
+PIECES = "fa69a434dd0645ac4cac0c45a2e518ae8e1aa8a43aa5340c622e2c362097cb50"
 """SHA-256 of what kernels_bits.py, kernels_lanes.py and kernels_simd.py hold, in this order."""
 
 _TILE_ROWS = 256
@@ -49,9 +49,6 @@ def kernel(function: F) -> F:
         return cast(F, numba.njit(cache=True, **options)(function))
     except RuntimeError:  # numba's word for: no place for a cache
         return cast(F, numba.njit(**options)(function))
-
-
-# --- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @kernel
@@ -149,9 +146,6 @@ def encode(
     return DONE
 
 
-# --- transposing -----------------------------------------------------------------------------------------------------
-
-
 @kernel
 def _transpose_tile(source: Array, target: Array) -> None:
     """`target[col, row] = source[row, col]`."""
@@ -171,9 +165,6 @@ def _transpose_tile(source: Array, target: Array) -> None:
 def _even(target: Array) -> bool:
     """Whether every row begins with a line of the cache."""
     return bool((simd.address(target, 0) | simd.address(target, 1)) % LINE_BYTES == 0)
-
-
-# --- decoding --------------------------------------------------------------------------------------------------------
 
 
 @kernel
@@ -223,12 +214,19 @@ def _fill_table(scale: Any, like: Array, table: Array) -> None:
         table[code], table[128 + code] = U8(bits & 0xFF), U8((bits >> 8) & 0xFF)
 
 
-# --- encoding --------------------------------------------------------------------------------------------------------
-
-
 @kernel
 def _scale(weights: Array) -> Any:
     """The scale of one block by amax; NaN where it is not ordinary."""
+    amax = _amax(weights)
+    scale = widened(amax) / F32(448)
+    if amax == 0:
+        return F32(1)
+    return scale if F32(2.0**-110) <= scale <= F32(2.0**110) else F32(np.nan)
+
+
+@kernel
+def _amax(weights: Array) -> Any:
+    """The bits of the largest magnitude; NaN is above all."""
     whole = weights.shape[1] // simd.GROUP * simd.GROUP
     amax = weights.dtype.type(0)
     for col in range(0, whole, simd.GROUP):
@@ -236,10 +234,7 @@ def _scale(weights: Array) -> Any:
     for row in range(weights.shape[0]):
         for col in range(whole, weights.shape[1]):
             amax = max(amax, size_of(weights[row, col], weights))
-    scale = widened(amax) / F32(448)
-    if amax == 0:
-        return F32(1)
-    return scale if F32(2.0**-110) <= scale <= F32(2.0**110) else F32(np.nan)
+    return amax
 
 
 @kernel
@@ -291,9 +286,10 @@ def _encode_row(weights: Array, spread: Array, codes: Array) -> None:
 
 @kernel
 def _reproduces(codes: Array, scale: Any, weights: Array) -> bool:
+    """Whether the codes give back all bits of the weights, and these are finite: of others, codes are whatever."""
     different = U32(0)
     for row in range(codes.shape[0]):
         for col in range(codes.shape[1]):
             back = rounded(float_of_code(codes[row, col]) * (scale * F32(256)), weights)
             different = U32(different | U32(back ^ weights[row, col]))
-    return not different
+    return not different and widened(_amax(weights)) < F32(np.inf)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding as llvm
 import llvmlite.ir as ir
 import numba
 from numba import types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from minimax_jax.ops.kernels_lanes import (
@@ -43,7 +43,7 @@ SQUARE_BYTES = 16
 """Of the columns that are transposed at a time."""
 
 _ASKED = numba.config.CPU_FEATURES
-_FEATURES = llvm.get_host_cpu_features().flatten() if _ASKED is None else _ASKED
+_FEATURES = get_host_cpu_features() if _ASKED is None else _ASKED  # without AVX where numba is told so
 TABLES = "+avx512vbmi" in _FEATURES.split(",")
 """Whether the processor looks up 64 bytes at a time in a table of 128."""
 
