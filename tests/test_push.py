@@ -1,7 +1,5 @@
 """Uploads by the hub's real client, against a stand-in of the hub's calls on this machine."""
 
-import base64
-import hashlib
 import json
 import sys
 
@@ -11,8 +9,9 @@ import torch
 from click.testing import CliRunner
 from command_line import run_json
 from huggingface_hub import constants, errors
-from safetensors.torch import save_file
-from servers import COMMIT, Handler, serving
+from safetensors.torch import load_file, save_file
+from servers import COMMIT, serving
+from upload_handler import UploadHandler
 
 import minimax_jax as mj
 from minimax_jax import synthetic
@@ -25,87 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 REPOSITORY = "hf://org/made"
 TOKEN = "hf_standin"
 HTTP = sys.modules[errors.HTTPError.__module__]  # the library that the client builds on
-
-
-class UploadHandler(Handler):
-    """The calls of the hub that an upload makes. What is committed comes to lie in the served folder.
-
-    Files of weights go by git LFS, others within the commit, as on the hub; which storage that LFS has is the client's
-    affair, and the tests have it use the basic one.
-    """
-
-    def do_POST(self):
-        server, path = self.server_of, self.path
-        server.requests.append(path)
-        server.headers.append({name.lower(): value for name, value in self.headers.items()})
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        status = server.faults.status(path)
-        if status is not None:
-            self.tell({"error": "no"}, status)
-        elif path == "/api/repos/create":
-            (server.folder / "created.json").write_bytes(body)
-            self.tell({"url": f"{server.url}/org/made", "id": "org/made"})
-        elif path == "/api/validate-yaml":
-            self.tell({"errors": [], "warnings": []})
-        elif path.endswith("/preupload/main"):
-            modes = [("lfs" if file["path"].endswith(".safetensors") else "regular") for file in self.files(body)]
-            told = [
-                {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": None}
-                for file, mode in zip(self.files(body), modes, strict=True)
-            ]
-            self.tell({"files": told})
-        elif path.endswith("/info/lfs/objects/batch"):
-            wanted = json.loads(body)["objects"]
-            self.tell({"transfer": "basic", "objects": [self.object(one) for one in wanted]})
-        elif path.endswith("/commit/main"):
-            self.commit(body)
-        else:
-            self.tell({"error": path}, 404)
-
-    def do_PUT(self):
-        body = self.body()
-        oid = self.path.rsplit("/", 1)[1]
-        assert hashlib.sha256(body).hexdigest() == oid
-        (self.server_of.folder / oid).write_bytes(body)
-        self.tell({})
-
-    def body(self):
-        """Of known length, or in chunks."""
-        if "Content-Length" in self.headers:
-            return self.rfile.read(int(self.headers["Content-Length"]))
-        whole = b""
-        while size := int(self.rfile.readline(), 16):
-            whole += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return whole
-
-    def files(self, body):
-        return json.loads(body)["files"]
-
-    def object(self, one):
-        actions = {"upload": {"href": f"{self.server_of.url}/lfs/{one['oid']}"}}
-        return {"oid": one["oid"], "size": one["size"], "actions": actions}
-
-    def commit(self, body):
-        folder = self.server_of.folder / "repository"
-        folder.mkdir(exist_ok=True)
-        for line in map(json.loads, body.splitlines()):
-            value = line["value"]
-            if line["key"] == "file":
-                (folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
-            elif line["key"] == "lfsFile":
-                (folder / value["path"]).write_bytes((self.server_of.folder / value["oid"]).read_bytes())
-        url = f"{self.server_of.url}/org/made/commit/{COMMIT}"
-        self.tell({"commitUrl": url, "commitOid": COMMIT, "success": True})
-
-    def tell(self, document, status=200):
-        body = json.dumps(document).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
 
 @pytest.fixture
@@ -236,6 +154,16 @@ def test_an_endpoint_that_is_no_url_is_told(source, hub, monkeypatch):
 def test_what_is_not_as_certified_is_not_pushed(source, hub):
     mj.verify(source, output=source / "certificate.json")
     folders.flip_bit(source, "model.norm.weight", 3)
+    with pytest.raises(JobError, match="not what its certificate says"):
+        mj.push(source, REPOSITORY)
+    assert hub.requests == []
+
+
+def test_a_certificate_of_other_files_with_the_same_tensors_does_not_go_up(source, hub):
+    mj.verify(source, output=source / "certificate.json")
+    file = next(source.glob("*.safetensors"))
+    save_file(load_file(file), file, {"format": "pt"})
+    assert mj.verify(source, certificate=source / "certificate.json").held.notes
     with pytest.raises(JobError, match="not what its certificate says"):
         mj.push(source, REPOSITORY)
     assert hub.requests == []

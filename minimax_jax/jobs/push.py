@@ -16,7 +16,7 @@ from minimax_jax.jobs.certificate import write_certificate
 from minimax_jax.jobs.certified import read_certificate
 from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.source import Source, open_source
-from minimax_jax.jobs.verification import Digested
+from minimax_jax.jobs.verification import By, Digested
 from minimax_jax.jobs.verify import verify
 from minimax_jax.nearby import did_you_mean
 from minimax_jax.progress import Progress
@@ -63,10 +63,10 @@ def push(
 ) -> Pushed:
     """Upload a finished checkpoint with its certificate and a model card, as one commit.
 
-    All of its tensors are read first. Where `certificate.json` lies beside them they are held against it, byte for
-    byte; else it is written. A model card is written where there is none, and where there is one that minimax_jax
-    wrote; what somebody else wrote stays as it is. All files of the folder go up, whole: tensors that were left out
-    are in them.
+    All of its tensors are read first. Where `certificate.json` lies beside them, they and their files are held against
+    it, byte for byte; else it is written. A model card is written where there is none, and where there is one that
+    minimax_jax wrote; what somebody else wrote stays as it is. All files of the folder go up, whole: tensors that were
+    left out are in them.
 
     Args:
         path: a checkpoint's folder.
@@ -134,7 +134,8 @@ def _certified(source: Source, file: Path, workers: int, progress: Callable[[Pro
     if known is not None and known.sampled:
         what, remedy = "the certificate speaks of a sample of the tensors alone", f"delete {file.name}"
         raise JobError(Problem(what=what, file=str(file), remedy=remedy))
-    seen = verify(source, certificate=known, workers=workers, progress=progress)
+    by: By = "value" if known is None else "bytes"  # what goes up with these files speaks of these files
+    seen = verify(source, by=by, certificate=known, workers=workers, progress=progress)
     if not seen.good:
         what, remedy = "the checkpoint is not what its certificate says", f"convert again, or delete {file.name}"
         raise JobError(Problem(what=what, file=str(file), remedy=remedy))
