@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from minimax_jax.errors import LayoutError, NumericError
-from minimax_jax.ops import grouped, kernels_tpu, on_tpu
+from minimax_jax.ops import kernels_tpu, on_tpu
 from minimax_jax.ops.assemble import split
 from minimax_jax.ops.backend import TPU_VARIABLE, tpu_kernels
 from minimax_jax.ops.fp8 import FP8
@@ -288,18 +288,3 @@ def test_derivatives_and_batches_are_those_of_the_formulas():
     np.testing.assert_allclose(slope, wanted, rtol=1e-2, atol=64)
     one = lambda values: dequantize_grouped([BlockScaled(values=values, scale_inv=part.scale_inv)])  # noqa: E731
     np.testing.assert_array_equal(bits(jax.vmap(one)(values)), bits(jnp.stack([one(own) for own in values])))
-
-
-@pytest.mark.parametrize(("parts", "rows", "given"), [(1, 256, False), (2, 200, False), (2, 256, True), (1, 200, True)])
-def test_what_gpus_do_is_the_same(parts, rows, given):
-    x = np.random.default_rng(4).standard_normal((2, 384, parts * rows)).astype(BF16)
-    x[0, 5, 5], x[1, 7, 7] = np.nan, -0.0
-    grid = np.exp2(np.random.default_rng(5).uniform(-9, 0, (2, 3, parts * -(-rows // 128)))).astype(np.float32)
-    arrays = (x, grid) if given else (x,)
-    first, last = (
-        jax.jit(lambda *arrays, form=form: form(*arrays, parts=parts, block=BLOCK))(*arrays)
-        for form in (grouped._transposed_first, grouped._transposed_last)
-    )
-    assert len(first) == (parts if given else 2 * parts)
-    for one, other in zip(first, last, strict=True):
-        np.testing.assert_array_equal(bits(one), bits(other))
