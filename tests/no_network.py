@@ -20,8 +20,8 @@ TRIED = "TESTS_TRIED_THE_NETWORK"
 ALLOWED = ("localhost", "", socket.gethostname())
 """Names that stand for this machine."""
 
-WITH_ADDRESS = ("socket.connect", "socket.sendto", "socket.sendmsg")
-WITH_NAME = ("socket.getaddrinfo", "socket.gethostbyname")
+WITH_ADDRESS = ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getnameinfo")
+WITH_NAME = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr")
 
 _watching = False
 
@@ -45,8 +45,8 @@ def is_here(host):
 
 def _watch(event, arguments):
     host = None
-    if event in WITH_ADDRESS and isinstance(arguments[1], tuple):
-        host = arguments[1][0]
+    if event in WITH_ADDRESS and isinstance(arguments[-1], tuple):
+        host = arguments[-1][0]
     elif event in WITH_NAME:
         host = arguments[0]
     if is_here(host):

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 EVENTS = Counter()
-CALLS = ("connect", "sendto", "sendmsg", "getaddrinfo", "gethostbyname")
+CALLS = ("connect", "sendto", "sendmsg", "getaddrinfo", "getnameinfo", "gethostbyname", "gethostbyaddr")
 
 
 def _note(event, arguments):

@@ -57,6 +57,8 @@ def datagram(address):
         lambda: datagram(("2001:db8::1", 53)),
         lambda: socket.getaddrinfo("example.org", 443),
         lambda: socket.gethostbyname("example.org"),
+        lambda: socket.gethostbyaddr(FAR),
+        lambda: socket.getnameinfo((FAR, 53), 0),
         lambda: urllib.request.urlopen(f"http://{FAR}/", timeout=1),
         lambda: fsspec.filesystem("http").cat_file(f"http://{FAR}/file"),
     ],
