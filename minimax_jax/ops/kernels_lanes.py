@@ -64,6 +64,13 @@ class Lanes:
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         return self.builder.call(function, [tables[0], places, tables[1]])
 
+    def reduced(self, how: str, values: Any) -> Any:
+        """One value of all lanes."""
+        kind = values.type.element
+        name = f"llvm.vector.reduce.{how}.v{self.count}i{kind.width}"
+        function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(kind, [values.type]), name)
+        return self.builder.call(function, [values])
+
     def count_reached(self, values: Any, limits: list[Any]) -> Any:
         """How many of the limits a value reaches, lane by lane."""
         build, total = self.builder, self.constant(values.type.element, 0)

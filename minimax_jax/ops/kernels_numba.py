@@ -28,13 +28,14 @@ from minimax_jax.ops.kernels_bits import (
     size_of,
     widened,
 )
+from minimax_jax.ops.kernels_encode import differ, encode_group, peak
 from minimax_jax.ops.kernels_lanes import LINE_BYTES
 
 F = TypeVar("F", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
 
-PIECES = "fa69a434dd0645ac4cac0c45a2e518ae8e1aa8a43aa5340c622e2c362097cb50"
-"""SHA-256 of what kernels_bits.py, kernels_lanes.py and kernels_simd.py hold, in this order."""
+PIECES = "4d0c675ad49e3e685b99c6fbdf1f75b8a9e40d936f84aeff4028b08fb528dd3e"
+"""SHA-256 of what kernels_bits.py, kernels_encode.py, kernels_lanes.py and kernels_simd.py hold, in this order."""
 
 _TILE_ROWS = 256
 """Rows that are transposed at a time: few enough for the cache, and long runs to write."""
@@ -230,7 +231,7 @@ def _amax(weights: Array) -> Any:
     whole = weights.shape[1] // simd.GROUP * simd.GROUP
     amax = weights.dtype.type(0)
     for col in range(0, whole, simd.GROUP):
-        amax = max(amax, simd.peak(weights, col, weights.shape[0]))
+        amax = max(amax, peak(weights, col, weights.shape[0]))
     for row in range(weights.shape[0]):
         for col in range(whole, weights.shape[1]):
             amax = max(amax, size_of(weights[row, col], weights))
@@ -246,7 +247,7 @@ def _encode_block(weights: Array, scale: Any, room: tuple[Array, Array, Array], 
     if whole:
         _find_limits(limits, spread, few)
     for col in range(0, whole, simd.GROUP):
-        simd.encode_group(weights, col, limits, codes)
+        encode_group(weights, col, limits, codes)
     if whole < weights.shape[1]:
         for row in range(weights.shape[0]):
             _encode_row(weights[row, whole:], spread, codes[row, whole:])
@@ -287,9 +288,12 @@ def _encode_row(weights: Array, spread: Array, codes: Array) -> None:
 @kernel
 def _reproduces(codes: Array, scale: Any, weights: Array) -> bool:
     """Whether the codes give back all bits of the weights, and these are finite: of others, codes are whatever."""
-    different = U32(0)
+    whole, different = weights.shape[1] // simd.GROUP * simd.GROUP, U32(0)
+    for col in range(0, whole, simd.GROUP):
+        if differ(codes, scale * F32(256), weights, col):
+            return False
     for row in range(codes.shape[0]):
-        for col in range(codes.shape[1]):
+        for col in range(whole, codes.shape[1]):
             back = rounded(float_of_code(codes[row, col]) * (scale * F32(256)), weights)
             different = U32(different | U32(back ^ weights[row, col]))
     return not different and widened(_amax(weights)) < F32(np.inf)

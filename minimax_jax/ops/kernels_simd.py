@@ -11,7 +11,6 @@ from typing import Any
 import llvmlite.ir as ir
 import numba
 from numba import types
-from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
@@ -35,9 +34,6 @@ from minimax_jax.ops.kernels_lanes import (
 
 GROUP = 64
 """Weights at a time: their codes fill a line."""
-
-_AHEAD = 256
-"""Columns of weights by which the encoder has memory brought to the cache."""
 
 SQUARE_BYTES = 16
 """Of the columns that are transposed at a time."""
@@ -98,7 +94,7 @@ def decode_group(_: Any, codes: Any, spread: Any, target: Any, row: Any, col: An
         lanes = Lanes(builder, GROUP)
         code = lanes.load(place_of(context, builder, codes, args[0], *args[3:5]), I8)
         scale = lanes.load(place_of(context, builder, spread, args[1], args[4]), FLOAT)
-        weights = _decode(lanes, code, scale, target.dtype)
+        weights = decoded(lanes, code, scale, target.dtype)
         store(builder, weights, place_of(context, builder, target, *args[2:5]), args[5])
         return context.get_dummy_value()
 
@@ -113,7 +109,7 @@ def decode_turned(_: Any, codes: Any, row: Any, col: Any, spread: Any, target: A
         lanes = Lanes(builder, GROUP)
         scale = lanes.load(place_of(context, builder, spread, args[3], args[1]), FLOAT)
         _turn(
-            context, builder, signature, (*args[:3], *args[4:]), lambda code: _decode(lanes, code, scale, target.dtype)
+            context, builder, signature, (*args[:3], *args[4:]), lambda code: decoded(lanes, code, scale, target.dtype)
         )
         return context.get_dummy_value()
 
@@ -147,7 +143,8 @@ def _look_up(lanes: Lanes, code: Any, tables: list[Any]) -> Any:
     return build.bitcast(pairs, lanes.of(I16))
 
 
-def _decode(lanes: Lanes, code: Any, scale: Any, kind: Any) -> Any:
+def decoded(lanes: Lanes, code: Any, scale: Any, kind: Any) -> Any:
+    """Bits of the weights of codes; `scale` is 256 times what it is, `kind` what the bits are seen as."""
     build, wide = lanes.builder, ir.IntType(kind.bitwidth)
     size = build.and_(code, lanes.constant(I8, 0x7F))  # read as a float16, whose exponents begin 8 lower
     half = build.shl(build.zext(size, lanes.of(I16)), lanes.constant(I16, 7))
@@ -168,84 +165,6 @@ def _round(lanes: Lanes, weight: Any, kind: Any) -> Any:
     if kind != types.uint32:
         weight = build.fptrunc(weight, lanes.of(BFloat() if kind == types.uint16 else HALF))
     return build.bitcast(weight, lanes.of(ir.IntType(kind.bitwidth)))
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def peak(_: Any, weights: Any, col: Any, rows: Any) -> Any:
-    """The largest bits without sign in `weights[:rows, col : col + GROUP]`, which is amax: NaN is above all."""
-    bits = ir.IntType(weights.dtype.bitwidth)
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array, col, rows = args
-        lanes = Lanes(builder, GROUP)
-        peaks = cgutils.alloca_once_value(builder, lanes.constant(bits, 0))
-        with cgutils.for_range(builder, rows) as loop:
-            place = place_of(context, builder, weights, array, loop.index, col)
-            sizes = builder.and_(lanes.load(place, bits), lanes.constant(bits, (1 << (bits.width - 1)) - 1))
-            larger = builder.icmp_unsigned(">", sizes, builder.load(peaks))
-            builder.store(builder.select(larger, sizes, builder.load(peaks)), peaks)
-        kind = ir.FunctionType(bits, [lanes.of(bits)])
-        name = f"llvm.vector.reduce.umax.v{GROUP}i{bits.width}"
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [builder.load(peaks)])
-
-    return weights.dtype(weights, types.intp, types.intp), emit
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def encode_group(_: Any, weights: Any, col: Any, limits: Any, codes: Any) -> Any:
-    """Codes of bfloat16 weights that have one scale: `codes[:, col : col + GROUP]`.
-
-    From code 8 on, eight codes make a power of two, and the same bits after the exponent begin a code in each of them.
-    The few smaller weights are held against the limits of their codes.
-
-    Args:
-        weights: bits, `[rows, cols]`.
-        col: the first column.
-        limits: bits of the smallest weight that has code `k` or a larger one, at place `k`, uint16 `[17]`.
-        codes: `[rows, cols]`.
-    """
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes = Lanes(builder, GROUP)
-        limit = [
-            builder.load(builder.inttoptr(place_of(context, builder, limits, args[2], I64(code)), I16.as_pointer()))
-            for code in range(17)
-        ]
-        first = builder.sub(limit[16], I16(0x80))  # of the power of two of code 8, whose own limit is lower
-        steps = [builder.trunc(builder.sub(limit[code], first), I8) for code in range(9, 16)]
-        tables = [lanes.count_reached(lanes.numbers(I8, start), steps) for start in (0, GROUP)] if TABLES else []
-
-        def count(low: Any) -> Any:
-            return lanes.look_up(tables, low) if TABLES else lanes.count_reached(low, steps)
-
-        rows = cgutils.unpack_tuple(builder, context.make_array(codes)(context, builder, args[3]).shape, 2)[0]
-        with cgutils.for_range(builder, rows) as loop:
-            bits = lanes.load(place_of(context, builder, weights, args[0], loop.index, args[1]), I16)
-            code = _encode(lanes, bits, first, count, limit[1:9])
-            place = place_of(context, builder, codes, args[3], loop.index, args[1])
-            builder.store(code, builder.inttoptr(place, code.type.as_pointer()), align=1)
-            ahead = place_of(context, builder, weights, args[0], loop.index, builder.add(args[1], I64(_AHEAD)))
-            fetch(builder, ahead)
-            fetch(builder, builder.add(ahead, I64(LINE_BYTES)))
-        return context.get_dummy_value()
-
-    return types.void(weights, types.intp, limits, codes), emit
-
-
-def _encode(lanes: Lanes, bits: Any, first: Any, count: Callable[[Any], Any], small_limits: list[Any]) -> Any:
-    build, narrow = lanes.builder, lanes.of(I8)
-    size = build.and_(bits, lanes.constant(I16, 0x7FFF))
-    above = build.sub(bits, lanes.same(first))  # with the sign where it was, unless the weight is small
-    low = build.and_(build.trunc(above, narrow), lanes.constant(I8, 0x7F))
-    eights = build.trunc(build.lshr(above, lanes.constant(I16, 4)), narrow)
-    eights = build.add(build.and_(eights, lanes.constant(I8, 0x78)), lanes.constant(I8, 8))
-    code = cgutils.alloca_once_value(build, build.add(eights, count(low)))
-    small = build.icmp_unsigned("<", size, lanes.same(first))
-    with build.if_then(build.icmp_unsigned("!=", build.bitcast(small, I64), I64(0)), likely=False):
-        few = build.trunc(lanes.count_reached(size, small_limits), narrow)
-        build.store(build.select(small, few, build.load(code)), code)
-    sign = build.trunc(build.lshr(bits, lanes.constant(I16, 8)), narrow)
-    return build.or_(build.load(code), build.and_(sign, lanes.constant(I8, 0x80)))
 
 
 # --- transposing -----------------------------------------------------------------------------------------------------
