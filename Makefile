@@ -21,7 +21,7 @@ test: .venv/test
 # both have TORCH, with which its range begins: older ones cannot exchange FP8 arrays with others (DLPack).
 LOWEST_TESTS ?= tests/test_safetensors_reader.py tests/test_conversion.py tests/test_verify.py tests/test_cli.py \
 	tests/test_orbax.py tests/test_orbax_refusals.py tests/test_orbax_shardings.py tests/test_orbax_source.py tests/test_load.py \
-	tests/test_torch_arrays.py tests/test_torch_fp8.py
+	tests/test_torch_arrays.py tests/test_torch_fp8.py tests/test_host_lines.py
 
 test-lowest: .venv-lowest/test
 	.venv-lowest/bin/pytest $(LOWEST_TESTS)

@@ -34,7 +34,7 @@ from minimax_jax.ops.kernels_lanes import LINE_BYTES
 F = TypeVar("F", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
 
-PIECES = "4d0c675ad49e3e685b99c6fbdf1f75b8a9e40d936f84aeff4028b08fb528dd3e"
+PIECES = "2b8703178c14f89987437d3ae4d6d20acdb03b306c9b0b7936c1ac83fa061a68"
 """SHA-256 of what kernels_bits.py, kernels_encode.py, kernels_lanes.py and kernels_simd.py hold, in this order."""
 
 _TILE_ROWS = 256

@@ -10,6 +10,7 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numba
+from llvmlite.binding import llvm_version_info
 from numba import types
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
@@ -43,8 +44,8 @@ _FEATURES = get_host_cpu_features() if _ASKED is None else _ASKED  # without AVX
 TABLES = "+avx512vbmi" in _FEATURES.split(",")
 """Whether the processor looks up 64 bytes at a time in a table of 128."""
 
-_ROUNDS = "+avx512bf16" in _FEATURES.split(",")
-"""Whether the processor rounds to bfloat16; elsewhere LLVM may call a function for that, which is not there."""
+_ROUNDS = "+avx512bf16" in _FEATURES.split(",") and llvm_version_info >= (20,)
+"""Whether the processor rounds to bfloat16, and LLVM knows: others end the process, or call what is not there."""
 
 _NAN = {types.uint16: 0x7FC0, types.int16: 0x7E00, types.uint32: 0x7FC00000}
 """NaN, by what the bits of weights are seen as."""
