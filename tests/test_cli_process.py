@@ -57,10 +57,10 @@ def test_a_terminal_gets_a_bar_and_a_pipe_the_json(made, tmp_path):
     command = [sys.executable, "-m", "minimax_jax", "convert", str(made / "hf"), str(tmp_path / "out"), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, env=os.environ | {"TERM": "xterm"}) as child:
         os.close(slave)
-        stdout = child.stdout.read()
         screen = b""
-        while chunk := read_terminal(master):
+        while chunk := read_terminal(master):  # first: a terminal that nobody reads stops who writes to it
             screen += chunk
+        stdout = child.stdout.read()
     os.close(master)
     assert child.returncode == 0 and json.loads(stdout)["destination"] == str(tmp_path / "out")
     assert b"convert" in screen and "━".encode() in screen and b"/s" in screen
