@@ -99,11 +99,8 @@ class _Array:
         stop = -(-(start + buffer.nbytes) // self._row_bytes)
         low, high, held = self._last  # short reads come one after another from the same rows
         if not low <= first < stop <= high:
-            low, high, held = (
-                first,
-                stop,
-                as_bytes(self._rows.read(first, stop) if self._shape else self._rows.read_region(())),
-            )
+            rows = self._rows.read(first, stop) if self._shape else self._rows.read_region(())
+            low, high, held = first, stop, as_bytes(rows)
             self._last = (low, high, held) if stop - first == 1 else self._last
         offset = start - low * self._row_bytes
         buffer[:] = held[offset : offset + buffer.nbytes]
