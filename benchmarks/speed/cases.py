@@ -66,11 +66,24 @@ class Case:
         return {entry.native: np.stack(list(self._grouped(entry))) for entry in self.entries}
 
     @functools.cached_property
+    def weights(self) -> dict[str, Array]:
+        """What is quantised, in the form of `native`: normal, as the weights of a trained model nearly are.
+
+        Those of `native` are not: their codes are random, and one in ten is below the smallest normal code.
+        """
+        made, rng = {}, np.random.default_rng(0)
+        for name, leaf in self.native.items():
+            made[name] = np.empty(leaf.shape, BF16)
+            for expert in made[name]:
+                expert[:] = rng.standard_normal(expert.shape, np.float32) * np.float32(0.02)
+        return made
+
+    @functools.cached_property
     def quantized(self) -> dict[str, Array]:
-        """Codes and scales by amax of `native`, by Hugging Face name."""
+        """Codes and scales by amax of `weights`, by Hugging Face name."""
         made: dict[str, Array] = {}
         for entry in self.entries:
-            for keys, weights in zip(entry.keys, self.native[entry.native], strict=True):
+            for keys, weights in zip(entry.keys, self.weights[entry.native], strict=True):
                 for key, part in zip(keys, np.split(weights, len(keys), axis=1), strict=True):
                     made[key], made[key + "_scale_inv"] = quantize(part.T)
         return made

@@ -49,7 +49,7 @@ def contestants(case: Case, few: Case) -> Iterator[Contestant]:
     yield slow(TORCH, run=lambda: peers.to_numpy(peers.torch_from_hf(few)()))
     yield slow("numpy + ml_dtypes", run=peers.numpy_from_hf(few))
     one, slow = (functools.partial(_contestant, QUANTISE, which, "quantized") for which in (case, few))
-    native = {name: jnp.asarray(leaf) for name, leaf in case.native.items()}
+    native = {name: jnp.asarray(leaf) for name, leaf in case.weights.items()}
     yield one(STREAM_BACK, "bound", bounds.stream(case, widen=False), check=None)
     yield one(REUSED, "ours", functools.partial(in_workspaces, _quantise, case), check=_check_quantised)
     back = functools.partial(mj.to_hf, native, case.config, quantization=True, partial=True)
@@ -105,7 +105,7 @@ def _dequantise(case: Case, entry: Entry, expert: int) -> Result:
 
 def _quantise(case: Case, entry: Entry, expert: int) -> Result:
     narrow = entry.narrow(slice(expert, expert + 1))
-    return emit(narrow, case.native[entry.native][expert : expert + 1], FP8)
+    return emit(narrow, case.weights[entry.native][expert : expert + 1], FP8)
 
 
 def _check_dequantised(case: Case, _: object) -> None:

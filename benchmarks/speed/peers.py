@@ -113,7 +113,7 @@ def torch_to_hf(case: Case) -> Callable[[], Tensors]:
     def run() -> Tensors:
         made: Tensors = {}
         for entry in case.entries:
-            for keys, weights in zip(entry.keys, to_torch(case.native[entry.native]), strict=True):
+            for keys, weights in zip(entry.keys, to_torch(case.weights[entry.native]), strict=True):
                 for key, part in zip(keys, weights.chunk(len(keys), dim=1), strict=True):
                     made[key], made[key + "_scale_inv"] = _quantize(part.T)
         return made
@@ -151,6 +151,6 @@ def numpy_to_hf(case: Case) -> Callable[[], list[tuple[Array, Array]]]:
     return lambda: [
         quantize(part.T)
         for entry in case.entries
-        for weights in case.native[entry.native]
+        for weights in case.weights[entry.native]
         for part in np.split(weights, entry.parts, axis=1)
     ]
