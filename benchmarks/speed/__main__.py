@@ -57,7 +57,7 @@ def _alone(folder: Path, case: Case, count: int) -> dict[str, dict[str, Any]]:
     synthetic.synthesize(folder / "sparse", synthetic.config(real=True), sparse=True)
     child.call("start")  # once in vain: files come into the page cache
     found = {"start": child.call("start"), "plan": child.call("plan", folder / "sparse")}
-    found["pieces"] = child.call("pieces")
+    found |= {task: child.call(task) for task in ("pages", "pieces")}
     native = folder / "native-alone"
     for dtype in ("bf16", "fp8"):
         found[f"load, {dtype}"] = child.call("load", case.path, dtype, count)

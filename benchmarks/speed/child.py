@@ -62,6 +62,17 @@ def plan(path: str) -> dict[str, Any]:
     return found
 
 
+def pages() -> dict[str, Any]:
+    """What the system takes to hand out memory: first, and when it has just been given back."""
+    import numpy as np
+
+    def touch() -> None:
+        np.empty(2**30, np.uint8)[::4096] = 1
+
+    first, *_, again = (timed(touch) for _ in range(4))
+    return {"1 GiB of fresh pages, the first time": first, "1 GiB of fresh pages, just given back": again}
+
+
 def pieces() -> dict[str, Any]:
     """See `pieces.pieces`."""
     from benchmarks.speed.pieces import pieces
@@ -137,7 +148,7 @@ def _grown(path: str, destination: str, **options: Any) -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
-    task.__name__: task for task in (start, plan, pieces, convert, load, grow, team)
+    task.__name__: task for task in (start, plan, pages, pieces, convert, load, grow, team)
 }
 
 if __name__ == "__main__":
