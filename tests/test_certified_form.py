@@ -52,6 +52,8 @@ FORGED = {
     "a shape that is none": lambda d: put(d, [-1], "tensors", EMBED, "shape"),
     "a list of no digests": lambda d: put(d, [], "tensors", EMBED),
     "a path that is no text": lambda d: put(d, 7, "checkpoints", 0, "path"),
+    "a digest of nothing known": lambda d: put(d, 5, "checkpoints", 0, "files", "config.json", "of"),
+    "a digest of another part": lambda d: put(d, "Header", "checkpoints", 0, "files", "config.json", "of"),
     "a file without size": lambda d: put(d, "x", "checkpoints", 0, "files", "config.json", "bytes"),
 }
 

@@ -119,9 +119,12 @@ def _tensors(told: Mapping[str, Any], number: int) -> Iterator[tuple[str, Digest
 
 def _files(told: Mapping[str, Any]) -> Iterator[tuple[str, FileDigest]]:
     for name, fact in told.items():
-        nbytes, of_weights = fact["bytes"], fact["of"] == "header"
+        nbytes, of = fact["bytes"], fact["of"]
         if type(nbytes) is not int:
             raise ValueError(f"size of {name}")
+        if of not in ("header", "file"):
+            raise ValueError(f"what the digest of {name} is of: {reprlib.repr(of)}")
+        of_weights = of == "header"
         sha256, texts = _text(fact["sha256"]), fact["metadata"] if of_weights else {}
         digests = tuple(sorted((text, _text(digest)) for text, digest in texts.items()))
         yield name, FileDigest(name=name, nbytes=nbytes, sha256=sha256, of_weights=of_weights, texts=digests)
