@@ -15,6 +15,12 @@ FLOATS = pytest.mark.parametrize("dtype", [BF16, F32, F16], ids=str)
 SOURCES = pytest.mark.parametrize("source", ["no source", "its own", "another's"])
 
 
+def require_kernels():
+    """Skip a module about the kernels where numba is not installed, or is told not to compile."""
+    if pytest.importorskip("numba").config.DISABLE_JIT:
+        pytest.skip("NUMBA_DISABLE_JIT is set", allow_module_level=True)
+
+
 def by_xla(function, *args, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(host.VARIABLE, "xla")

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 from helpers import BF16, F32
-from kernel_cases import assert_same, by_xla, scaled_experts, weights
+from kernel_cases import assert_same, by_xla, require_kernels, scaled_experts, weights
 
 from minimax_jax.errors import LayoutError
 from minimax_jax.ops import host, host_matrices
 from minimax_jax.ops.assemble import assemble
 
-pytest.importorskip("numba")
+require_kernels()
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +111,22 @@ except LayoutError as error:
 def test_without_numba_xla_is_taken():
     assert in_a_process(WITHOUT_NUMBA, **{host.VARIABLE: ""}) == ["xla"]
     assert "'minimax_jax[fast]'," in in_a_process(WITHOUT_NUMBA, **{host.VARIABLE: "numba"})
+
+
+AS_ITSELF = """
+from minimax_jax.errors import LayoutError
+from minimax_jax.ops import host
+try:
+    print(host.backend())
+except LayoutError as error:
+    print("NUMBA_DISABLE_JIT" in error.problems[0].remedy)
+"""
+
+
+def test_where_numba_may_not_compile_xla_is_taken():
+    """The kernels are made of instructions that Python cannot run."""
+    assert in_a_process(AS_ITSELF, NUMBA_DISABLE_JIT="1", **{host.VARIABLE: ""}) == ["xla"]
+    assert in_a_process(AS_ITSELF, NUMBA_DISABLE_JIT="1", **{host.VARIABLE: "numba"}) == ["True"]
 
 
 def test_numba_is_not_imported_before_it_is_used():

@@ -16,6 +16,7 @@ from kernel_cases import (
     by_xla,
     codes,
     grid,
+    require_kernels,
     scaled_experts,
     scales,
     source_of,
@@ -27,7 +28,7 @@ from minimax_jax.ops.assemble import assemble, encode, split
 from minimax_jax.ops.fp8 import FP8, requantize
 from minimax_jax.ops.scaled import BlockScaled
 
-pytest.importorskip("numba")
+require_kernels()
 
 
 @pytest.fixture(autouse=True)

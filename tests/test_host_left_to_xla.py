@@ -10,6 +10,7 @@ from kernel_cases import (
     assert_covered_and_same,
     assert_same,
     by_xla,
+    require_kernels,
     scaled_experts,
     source_of,
     weights,
@@ -19,7 +20,7 @@ from minimax_jax.ops import host, host_matrices
 from minimax_jax.ops.assemble import assemble, split
 from minimax_jax.ops.fp8 import FP8
 
-pytest.importorskip("numba")
+require_kernels()
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,13 @@ from command_line import process
 from helpers import BF16, F32
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import F16
+from kernel_cases import F16, require_kernels
 
 from minimax_jax.ops import host
 from minimax_jax.ops.fp8 import FP8
 
-kernels = pytest.importorskip("minimax_jax.ops.kernels_numba", reason="numba is not installed")
+require_kernels()
+kernels = pytest.importorskip("minimax_jax.ops.kernels_numba")
 
 OF_DTYPES = pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
 LINE_BYTES = 64

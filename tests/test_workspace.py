@@ -5,6 +5,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from kernel_cases import require_kernels
 
 from minimax_jax.io import files
 from minimax_jax.jobs.run import Report
@@ -46,7 +47,7 @@ def test_a_workspace_is_active_in_its_context_and_thread_alone():
 
 
 def test_results_in_a_workspace_are_those_outside_of_it_by_this_thread_and_without_jax(monkeypatch):
-    pytest.importorskip("numba")
+    require_kernels()
     monkeypatch.setenv(host.VARIABLE, "numba")
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 256, (2, 3, 40, 24), np.uint8).view(FP8)

@@ -35,7 +35,7 @@ def backend() -> Backend:
     if kernels() is not None:
         return "numba"
     if wanted == "numba":
-        remedy = "pip install 'minimax_jax[fast]', or unset it"
+        remedy = "pip install 'minimax_jax[fast]', let numba compile (no NUMBA_DISABLE_JIT), or unset it"
         raise LayoutError(Problem(what="numba cannot be used here", got=f"{VARIABLE}=numba", remedy=remedy))
     return "xla"
 
@@ -63,13 +63,14 @@ def _setting(variable: str, kernels: str) -> str:
 
 @functools.cache
 def kernels() -> ModuleType | None:
-    """The kernels; None without numba, or on a processor that cannot convert float16 by itself."""
+    """The kernels; None without numba or where it may not compile, or on a processor that has no float16."""
     try:
         binding = importlib.import_module("llvmlite.binding")
         config = importlib.import_module("numba.core.config")
         features = binding.get_host_cpu_features()
         x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
-        if config.CPU_NAME or config.CPU_FEATURES or (x86 and not features.get("f16c")):
+        told = config.DISABLE_JIT or config.CPU_NAME or config.CPU_FEATURES
+        if told or (x86 and not features.get("f16c")):
             return None
         return importlib.import_module("minimax_jax.ops.kernels_numba")
     except ImportError:
