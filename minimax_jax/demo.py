@@ -10,6 +10,7 @@ from minimax_jax.errors import JobError, Problem
 from minimax_jax.io.files import io_errors
 from minimax_jax.jobs import after, front
 from minimax_jax.jobs.verification import Verification
+from minimax_jax.paths import path_of
 from minimax_jax.synthetic import synthesize
 
 CERTIFICATE = "certificate.json"
@@ -24,7 +25,7 @@ def run(folder: str | Path, *, say: Callable[[str], None]) -> Verification:
     Raises:
         JobError: `folder` is taken, or cannot be written.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     with io_errors(JobError, "folder cannot be used", folder):
         if folder.exists() and any(folder.iterdir()):
             remedy = "choose another, or delete it"

@@ -20,7 +20,7 @@ PACKAGE = "minimax_jax"
 # From the lowest to the highest: a module imports from lower floors and from its own package alone.
 FLOORS = (
     ("errors", "progress", "display", "bulk", "nearby"),
-    ("dtypes",),
+    ("dtypes", "paths"),
     ("layout",),
     ("ops",),
     ("leaves",),
@@ -39,9 +39,9 @@ RANK = {name: rank for rank, names in enumerate(FLOORS) for name in names}
 
 # `layout` knows no arrays, `ops` no names, `io` neither: of the project they may import these alone.
 NARROW = {
-    "layout": {"errors", "dtypes", "display", "bulk", "nearby"},
+    "layout": {"errors", "dtypes", "display", "bulk", "nearby", "paths"},
     "ops": {"errors", "dtypes", "display"},
-    "io": {"errors", "dtypes", "bulk", "nearby"},
+    "io": {"errors", "dtypes", "bulk", "nearby", "paths"},
 }
 
 WITHOUT_JAX = {
@@ -51,6 +51,7 @@ WITHOUT_JAX = {
     "display",
     "bulk",
     "nearby",
+    "paths",
     "dtypes",
     "layout",
     "io",

@@ -30,6 +30,7 @@ from minimax_jax.jobs.source import Source, require_own_layout
 from minimax_jax.jobs.streamed import StreamedPlan
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.nearby import did_you_mean
+from minimax_jax.paths import path_of
 from minimax_jax.progress import Progress, Ticker
 from torch_bridge import ranks
 from torch_bridge.chunks import Maker, Unit, plan_units
@@ -71,7 +72,7 @@ def load(tensors: Mapping[str, torch.Tensor], path: str | Path) -> None:
         FormatError: no such checkpoint, or one that cannot be read.
         LayoutError: all tensors that only one side has, or of another shape or dtype; nothing has been read then.
     """
-    path = Path(path)
+    path = path_of(path)
     with _own_errors(FormatError, "no checkpoint can be opened here", path):
         metadata = FileSystemReader(path).read_metadata()
     raise_if(_misfits(tensors, metadata, path), LayoutError)

@@ -161,35 +161,6 @@ def as_bytes(data: Buffer) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(b"")
 
 
-def require_inside(file: Path, folder: Path) -> None:
-    """Check that `file`, symbolic links followed, is a regular file that lies in `folder`.
-
-    The cache of the Hugging Face hub keeps `<repo>/snapshots/<revision>/x` as a link to `<repo>/blobs/<digest>`;
-    such links are let through.
-
-    Raises:
-        FormatError: the file is missing, not a regular file, or lies elsewhere.
-    """
-    with io_errors(FormatError, "file is missing or cannot be reached", file):
-        root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(file, strict=True))
-        mode = target.stat().st_mode
-    if not any(target.is_relative_to(home) for home in (root, *_blob_folders(root))):
-        remedy = "put the file itself, or give the folder that really holds it"
-        problem = Problem(
-            what="path leaves the folder", file=str(file), expected=str(root), got=str(target), remedy=remedy
-        )
-        raise FormatError(problem)
-    if not stat.S_ISREG(mode):
-        raise FormatError(Problem(what="not a regular file", file=str(file)))
-
-
-def _blob_folders(root: Path) -> Iterator[Path]:
-    for revision in (root, *root.parents):
-        if revision.parent.name == "snapshots":
-            yield revision.parent.parent / "blobs"
-            return
-
-
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` survive a power cut.
 

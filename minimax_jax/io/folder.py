@@ -15,6 +15,7 @@ from minimax_jax.io.files import io_errors, sync_folder
 from minimax_jax.io.journal import has_records
 from minimax_jax.io.jsonfile import TEMPORARY_SUFFIX
 from minimax_jax.io.location import locate
+from minimax_jax.paths import is_folder, path_of
 
 MARK = ".unfinished"
 """The file that says of a folder that it is ours and not whole; locked by the process that fills it."""
@@ -78,7 +79,7 @@ def require_apart(source: str | Path, destination: str | Path) -> None:
         JobError: it is.
     """
     place = locate(source)
-    if isinstance(place, Path) and place.is_dir() and _real(place) in _real(destination).parents:
+    if isinstance(place, Path) and is_folder(place) and _real(place) in _real(destination).parents:
         what, remedy = "the destination is inside of the source", "choose a folder beside it"
         raise JobError(Problem(what=what, file=str(destination), got=f"within {place}", remedy=remedy))
 
@@ -91,7 +92,7 @@ def workshop_of(destination: str | Path) -> Path:
 
 def _real(path: str | Path) -> Path:
     """The path with its links followed, as far as they lead anywhere."""
-    return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path_of(path)))
 
 
 def _name(folder: Path, path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TypeAlias
 from urllib.parse import quote, urlsplit
 
 from minimax_jax.errors import FormatError, Problem
+from minimax_jax.paths import is_file, is_folder
 
 WEB_SCHEMES = frozenset(("http", "https"))
 
@@ -76,7 +77,7 @@ def locate(place: str | Location) -> Location:
     """
     if isinstance(place, Path):
         first = place.parts[0] if place.parts else ""
-        if first.endswith(":") and len(first) > 2 and not place.exists():
+        if first.endswith(":") and len(first) > 2 and not (is_folder(place) or is_file(place)):
             what, remedy = "URL given as a Path, which has lost a slash", "give it as text"
             raise FormatError(Problem(what=what, file=str(place), remedy=remedy))
         return place

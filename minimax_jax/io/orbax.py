@@ -18,6 +18,7 @@ import numpy as np
 
 from minimax_jax.dtypes import NAMES
 from minimax_jax.errors import CheckpointError, FormatError, JobError, Problem, saying
+from minimax_jax.paths import is_file
 
 if TYPE_CHECKING:
     import jax
@@ -42,7 +43,7 @@ class Stored:
 
 def is_orbax(path: Path) -> bool:
     """Whether a folder is an Orbax checkpoint."""
-    return (path / OWN_FILES[0]).is_file()
+    return is_file(path / OWN_FILES[0])
 
 
 def require() -> Any:

@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
+from minimax_jax import paths
 from minimax_jax.errors import FormatError, JobError, Problem
-from minimax_jax.io.files import FileState, io_errors, open_regular, read_exactly, require_inside, short_file
+from minimax_jax.io.files import FileState, io_errors, open_regular, read_exactly, short_file
 from minimax_jax.io.location import WEB_SCHEMES, Location, Url
 
 _PIECE_BYTES = 2**24
@@ -128,13 +129,15 @@ def pin(place: Location) -> Location:
 
     Raises:
         FormatError: there is no such place, it cannot be reached, or what its kind takes is not installed.
+        RequestError: no file can have such a name.
     """
+    paths.require_nameable(str(place))
     return place if isinstance(place, Path) else _store(place).pin(place)
 
 
 def is_folder(place: Location) -> bool:
     """Whether a place is a folder. URLs are told by their ends: servers have no folders, only names."""
-    return place.is_dir() if isinstance(place, Path) else not place.name.endswith(_FILE_ENDS)
+    return paths.is_folder(place) if isinstance(place, Path) else not place.name.endswith(_FILE_ENDS)
 
 
 def listed(folder: Location) -> list[Location] | None:
@@ -233,13 +236,13 @@ def copy_file(file: Location, copy: Path) -> None:
 
 
 def require_within(file: Location, folder: Location) -> None:
-    """Check that a file lies in a folder: see `files.require_inside`. Names on a server lead nowhere else.
+    """Check that a file lies in a folder: see `paths.require_inside`. Names on a server lead nowhere else.
 
     Raises:
         FormatError: it is missing, not a regular file, or lies elsewhere.
     """
     if isinstance(file, Path) and isinstance(folder, Path):
-        require_inside(file, folder)
+        paths.require_inside(file, folder)
 
 
 def _store(url: Url) -> Store:

@@ -20,6 +20,7 @@ from minimax_jax.jobs.held import Held
 from minimax_jax.jobs.left_out import left_out_json
 from minimax_jax.jobs.verification import Digested, LayerSummary, Verification
 from minimax_jax.nearby import did_you_mean
+from minimax_jax.paths import path_of
 
 _BEGINNING, _BEGINNING_BYTES = b'"format": "minimax_jax certificate', 64
 """What a certificate begins with, of whatever form, behind its brace; and what is read to find it."""
@@ -71,11 +72,13 @@ def require_place(file: str | Path, what: str, beginning: bytes) -> None:
         JobError: it is a folder, there is no folder to hold it that may be written to, or another kind of file stands
             there, which is never overwritten.
     """
-    file, begins = Path(file), b""
-    if not os.access(file.parent, os.W_OK | os.X_OK) or (file.exists() and not file.is_file()):
+    file, begins = path_of(file), b""
+    with io_errors(JobError, f"{what} cannot be written", file):
+        there = file.exists()
+    if not os.access(file.parent, os.W_OK | os.X_OK) or (there and not file.is_file()):
         remedy = did_you_mean(file.parent, "name a file in a folder that exists and may be written to")
         raise JobError(Problem(what=f"{what} cannot be written", file=str(file), remedy=remedy))
-    if file.exists():
+    if there:
         with io_errors(JobError, f"{what} cannot be written", file), file.open("rb") as stream:
             begins = stream.read(_BEGINNING_BYTES)
     if begins and not begins.lstrip(b" \r\n\t{").startswith(beginning):
@@ -85,7 +88,7 @@ def require_place(file: str | Path, what: str, beginning: bytes) -> None:
 
 def write_certificate(file: str | Path, seen: Verification) -> None:
     """Write the certificate to `file`, whole or not at all."""
-    write_json_atomic(Path(file), certificate(seen))
+    write_json_atomic(path_of(file), certificate(seen))
 
 
 def _checkpoint(checkpoint: Digested) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from minimax_jax.io.files import io_errors
 from minimax_jax.io.header import is_shape
 from minimax_jax.io.jsonfile import is_text, parse_object, shown
 from minimax_jax.jobs.digests import Digest, FileDigest, overall
+from minimax_jax.paths import path_of
 
 FORMAT = "minimax_jax certificate 3"
 SEAL = "seal"
@@ -66,7 +67,7 @@ def read_certificate(file: str | Path) -> Certificate:
     Raises:
         FormatError: it is missing, damaged, or of a form that is not known.
     """
-    file = Path(file)
+    file = path_of(file)
     with io_errors(FormatError, "file cannot be opened", file, given=True):
         file.stat()
     text = places.read_whole(file, most_bytes=_MOST_BYTES, what="certificate")

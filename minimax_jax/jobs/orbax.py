@@ -45,6 +45,7 @@ from minimax_jax.layout.forms import NESTED, Layout
 from minimax_jax.layout.table import SCALE_SUFFIX
 from minimax_jax.leaves import Leaf, native_blocks, native_leaf, stored
 from minimax_jax.ops.scaled import BlockScaled
+from minimax_jax.paths import path_of
 from minimax_jax.progress import Progress, Ticker
 from minimax_jax.trees import nest
 
@@ -125,7 +126,7 @@ def save(native: Mapping[str, Leaf], config: MiniMaxConfig, folder: str | Path) 
         LayoutError: what is missing, unexpected, or of a wrong shape, dtype or block.
         JobError: the folder is taken, a write failed, another process failed, or Orbax is not installed.
     """
-    path = Path(folder)
+    path = path_of(folder)
     tensors = {name: part for key, leaf in native.items() for name, part in stored(key, leaf).items()}
     checked = survey({key: orbax.stored_as(path, key, x) for key, x in tensors.items()}, config, layout="native")
     raise_if(_block_problems(native, checked), LayoutError)
@@ -169,7 +170,7 @@ def read(
         LayoutError: the arrays are not those that the config asks for, or shardings are missing or do not fit.
         JobError: Orbax is not installed.
     """
-    folder = Path(path)
+    folder = path_of(path)
     source = open_orbax(folder, ignore=ignore, leave_out=leave_out)
     require_found(leave_out, source.left_out)
     warn_of(source.left_out)

@@ -19,10 +19,11 @@ from minimax_jax.io.orbax_rows import Rows
 from minimax_jax.io.reader import Reader
 from minimax_jax.io.source import OpenFile
 from minimax_jax.jobs.left_out import set_aside
-from minimax_jax.jobs.source import Source, require_own_config
+from minimax_jax.jobs.source import Source
 from minimax_jax.layout.check import survey
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.specs import TensorSpec
+from minimax_jax.paths import path_of
 
 
 def open_orbax(path: str | Path, *, ignore: Collection[str] = (), leave_out: Collection[str] = ()) -> Source:
@@ -44,9 +45,8 @@ def open_orbax(path: str | Path, *, ignore: Collection[str] = (), leave_out: Col
         LayoutError: the arrays are not those that the config asks for.
         JobError: Orbax is not installed.
     """
-    folder = Path(path)
+    folder = path_of(path)
     arrays = orbax.describe(folder)
-    require_own_config(folder)
     config = MiniMaxConfig.from_pretrained(folder, ignore=ignore)
     tensors = {key: _info(array) for key, array in arrays.items()}
     states: dict[Location, FileState] = {folder: _state(folder)}

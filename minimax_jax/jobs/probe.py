@@ -22,6 +22,7 @@ from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.plan import Plan
 from minimax_jax.jobs.source import Source, by_ranges
 from minimax_jax.jobs.streamed import StreamedPlan
+from minimax_jax.paths import path_of
 
 MOST_BYTES = 128 * 2**20
 """Bytes that are read, and bytes that are written, at most."""
@@ -108,7 +109,7 @@ def probe(plan: Plan | StreamedPlan, destination: Path) -> Probe:
 
 def _nearest(destination: Path) -> Path:
     """The destination, or the nearest folder above it that exists."""
-    path = Path(os.path.realpath(destination))
+    path = Path(os.path.realpath(path_of(destination)))
     return next(folder for folder in (path, *path.parents) if os.path.isdir(folder))  # noqa: PTH112 - no name is too long for it
 
 

@@ -19,6 +19,7 @@ from minimax_jax.jobs.source import Source, open_source
 from minimax_jax.jobs.verification import By, Digested
 from minimax_jax.jobs.verify import verify
 from minimax_jax.nearby import did_you_mean
+from minimax_jax.paths import is_folder, path_of
 from minimax_jax.progress import Progress
 
 
@@ -121,10 +122,11 @@ def _write_card(source: Source, folder: Path, sha256: str, origin: str | None) -
 
 def _folder(path: str | Path) -> Path:
     """A folder of this machine: all of it goes up, and the certificate and the card go into it."""
-    if Path(path).is_dir():
-        return Path(path)
+    folder = path_of(path)
+    if is_folder(folder):
+        return folder
     what = "not a folder of this machine, and nothing else is pushed"
-    remedy = did_you_mean(Path(path), "give the folder that holds the checkpoint, converted if need be")
+    remedy = did_you_mean(folder, "give the folder that holds the checkpoint, converted if need be")
     raise JobError(Problem(what=what, got=str(path), remedy=remedy))
 
 

@@ -153,6 +153,7 @@ def open_source(path: str | Location, *, ignore: Collection[str] = (), leave_out
         ConfigError: config.json is missing, malformed or describes something unsupported.
         FormatError: a damaged or incomplete safetensors file, index or sidecar; a server that refuses or fails.
         LayoutError: the tensors are not those that the config asks for; nothing begins with what is to be left out.
+        RequestError: no file can have such a name as `path`.
     """
     (source,) = open_sources([path], ignore=ignore, leave_out=leave_out)
     return source
@@ -205,27 +206,12 @@ def _require_no_hub_id(place: Location) -> None:
 def _read_config(folder: Location, ignore: Collection[str]) -> MiniMaxConfig:
     file = folder / CONFIG_NAME
     if isinstance(folder, Path):
-        require_own_config(folder)
         return MiniMaxConfig.from_pretrained(folder, ignore=ignore)
     try:
         text = places.read_whole(file, most_bytes=MOST_CONFIG_BYTES, what=CONFIG_NAME)
     except FormatError as error:
         raise ConfigError(error.problems) from error
     return MiniMaxConfig.from_json(text, file=str(file), ignore=ignore)
-
-
-def require_own_config(folder: Path) -> None:
-    """Check that the config.json of a checkpoint, if there is one, lies in its folder.
-
-    Raises:
-        ConfigError: it is no regular file, or a link that leads out of the folder.
-    """
-    file = folder / CONFIG_NAME
-    try:
-        if os.path.lexists(file):
-            places.require_within(file, folder)
-    except FormatError as error:
-        raise ConfigError(error.problems) from error
 
 
 def _open_sidecar(folder: Location) -> Checkpoint | None:

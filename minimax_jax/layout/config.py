@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Never
 
-from minimax_jax.errors import ConfigError, Problem, raise_if
+from minimax_jax.errors import ConfigError, FormatError, Problem, raise_if
 from minimax_jax.layout import attributes, fields
 from minimax_jax.nearby import did_you_mean
+from minimax_jax.paths import is_file, is_folder, path_of, require_inside
 
 DEFAULT_BLOCK = (128, 128)
 
@@ -113,7 +115,9 @@ class MiniMaxConfig:
             ignore: as in `from_dict`.
 
         Raises:
-            ConfigError: as `from_dict`, and when there is no config.json at `path` or it is not JSON.
+            ConfigError: as `from_dict`, and when there is no config.json at `path`, it is a link out of that folder
+                (but that of the hub's cache), or it is not JSON.
+            RequestError: no file can have such a name.
         """
         file = _locate(path)
         return cls.from_json(_read(file), file=str(file), ignore=ignore)
@@ -139,17 +143,27 @@ class MiniMaxConfig:
 
 def _locate(path: str | Path) -> Path:
     """The config.json that `path` means; only a path that does not exist can be the name of a hub repository."""
-    text, local = str(path), Path(path)
+    text, local = str(path), path_of(path)
     if text.startswith(_HUB):
         return _download(text.removeprefix(_HUB).partition("?")[0].rstrip("/"))
-    if local.is_dir():
+    if is_folder(local):
         local = local / CONFIG_NAME
-    elif not local.exists() and is_hub_id(text):
+        _require_own(local)
+    elif is_hub_id(text) and not os.path.lexists(local):
         return _download(text)
-    if not local.is_file():
-        what = "not a regular file" if local.exists() else "no such file"
+    if not is_file(local):
+        what = "not a regular file" if os.path.lexists(local) else "no such file"
         raise ConfigError(Problem(what=what, file=str(local), remedy=did_you_mean(Path(path), _FORMS)))
     return local
+
+
+def _require_own(file: Path) -> None:
+    """Check that the config.json of a folder, if there is one, lies in it."""
+    try:
+        if os.path.lexists(file):
+            require_inside(file, file.parent)
+    except FormatError as error:
+        raise ConfigError(error.problems) from error
 
 
 def is_hub_id(text: str) -> bool:
