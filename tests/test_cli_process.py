@@ -153,7 +153,7 @@ def test_a_reader_that_is_gone_is_no_difference(made):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("option", [["--restart"], ["--check", "all"], ["--distributed"], ["--shard-size", "1GB"]])
+@pytest.mark.parametrize("option", [["--distributed"], ["--shard-size", "1GB"]])
 @pytest.mark.parametrize("to", ["orbax", "dcp"])
 def test_what_a_target_does_not_know_is_refused(made, tmp_path, to, option):
     told = run("convert", made / "hf", tmp_path / "out", "--to", to, *option, code=2)[1]

@@ -41,12 +41,13 @@ def test_a_destination_that_is_taken_is_left_alone(orbax_source, tmp_path):
         save(expected(orbax_source, "BF16"), mj.MiniMaxConfig.from_pretrained(orbax_source), tmp_path / "out")
 
 
-def test_a_failure_leaves_nothing_behind(orbax_source, tmp_path):
+def test_a_failure_leaves_no_more_than_what_is_done(orbax_source, tmp_path):
     mj.convert(orbax_source, tmp_path / "native", dtype="bf16")
     folders.edit(tmp_path / "native", GATE_UP, lambda tensor: tensor * float("nan"))
-    with pytest.raises(NumericError, match=r"layers\.0\."):
-        write(open_source(tmp_path / "native"), tmp_path / "out", dtype="F8_E4M3")
-    assert [file.name for file in tmp_path.iterdir()] == ["native"]
+    with pytest.raises(NumericError, match=r"layers\.0\.") as caught:
+        write(open_source(tmp_path / "native"), tmp_path / "out", dtype="F8_E4M3", workers=1)
+    assert ["the same command goes on" in note for note in caught.value.__notes__] == [True]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".out.partial", "native"]
 
 
 def test_without_orbax_the_extra_is_named(orbax_source, tmp_path, monkeypatch):

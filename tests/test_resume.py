@@ -8,6 +8,7 @@ from pathlib import Path
 
 import folders
 import pytest
+from resume_cases import Killed, count_units, dies_at
 
 import minimax_jax as mj
 from minimax_jax import synthetic
@@ -33,10 +34,6 @@ mj.convert(source, out, to=to, dtype=dtype, shard_bytes=300_000)
 """
 
 
-class Killed(BaseException):
-    """Stands for the death of the process."""
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "hf"
@@ -58,30 +55,12 @@ def convert(source, out, **options):
     return mj.convert(source, out, to="native", dtype="bf16", shard_bytes=300_000, **options)
 
 
-def dies_at(monkeypatch, count, name=None):
-    left = [count]
-
-    def die(reached):
-        if name in (None, reached):
-            left[0] -= 1
-            if left[0] <= 0:
-                raise Killed
-
-    monkeypatch.setattr(points, "on_reach", die)
-
-
 def stop(source, out, monkeypatch, count, name=None, **options):
     """Run a conversion that dies at a moment, with whatever it had open left to the next one."""
     with monkeypatch.context() as patch:
         dies_at(patch, count, name)
         with pytest.raises(Killed):
             convert(source, out, **options)
-
-
-def count_units(monkeypatch):
-    made = []
-    monkeypatch.setattr(points, "on_reach", lambda name: made.append(name) if name == "before the journal" else None)
-    return made
 
 
 def test_a_kill_at_every_named_moment_is_survived(source, whole, tmp_path):

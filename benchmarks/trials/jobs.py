@@ -12,7 +12,7 @@ from typing import Any
 from minimax_jax import synthetic
 from minimax_jax.io import points
 from minimax_jax.jobs import front
-from minimax_jax.jobs.streamed import streamed_targets
+from minimax_jax.jobs.streamed import goes_on, load_target, streamed_targets
 from trials.outcome import Child, files, in_child
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -63,7 +63,7 @@ def _synthesize(folder: Path) -> None:
 
 
 def _job(name: str, folder: Path) -> Job:
-    run = partial(convert, folder / "hf", OPTIONS[name])
+    run, to = partial(convert, folder / "hf", OPTIONS[name]), OPTIONS[name]["to"]
     expected = folder / f"undisturbed {name}"
     in_child(partial(run, expected))  # what is compiled for the first time is found in the cache later
     moments = in_child(partial(_counted, run, folder / f"counted {name}"))
@@ -75,7 +75,7 @@ def _job(name: str, folder: Path) -> Job:
         name=name,
         run=run,
         expected=files(expected),
-        goes_on=OPTIONS[name]["to"] not in streamed_targets(),
+        goes_on=to not in streamed_targets() or goes_on(load_target(to)),
         seconds=time.monotonic() - began,
         moments=moments,
     )

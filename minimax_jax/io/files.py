@@ -161,6 +161,28 @@ def as_bytes(data: Buffer) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(b"")
 
 
+def sync_file(file: Path) -> None:
+    """Make what a file holds survive a power cut.
+
+    Raises:
+        JobError: the file cannot be opened or flushed.
+    """
+    with io_errors(JobError, "file cannot be flushed to disk", file):
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make all files in a folder and below it survive a power cut, and their names; raises as `sync_folder`."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            sync_file(Path(place) / name)
+        sync_folder(Path(place))
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` survive a power cut.
 

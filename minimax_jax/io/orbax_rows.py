@@ -9,6 +9,8 @@ ordinary Orbax checkpoint of numpy arrays: it loads without the devices that it 
 from __future__ import annotations
 
 import logging
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +22,24 @@ import numpy.typing as npt
 
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import FormatError, JobError
-from minimax_jax.io.orbax import NO_SUCH, Errors, require
+from minimax_jax.io import points
+from minimax_jax.io.files import io_errors, sync_tree
+from minimax_jax.io.journal import digest
+from minimax_jax.io.orbax import NO_SUCH, OWN_FILES, Errors, require
 
 CHUNK_BYTES = 32 * 2**20
 """Most bytes of one chunk, and so of one file, unless a single row is larger."""
 
 _LARGE_ROW_BYTES = 2**20
 """From here on each row, such as an expert, is a chunk by itself: rows are written and read some at a time."""
+
+_CHUNK = re.compile(r"\d+(\.\d+)*")
+"""The name of a file that holds a chunk: where it is in the grid of them."""
+
+_LOCK_SUFFIX = ".__lock"
+"""The end of the name that TensorStore gives a file until it is whole; a process that is killed leaves it."""
+
+NO_CHUNKS: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
 
 class Shaped(Protocol):
@@ -49,10 +62,12 @@ def lay_out(
     folder: Path,
     arrays: Iterable[Shaped],
     *,
-    chunks: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    chunks: Mapping[str, tuple[int, ...]] = NO_CHUNKS,
     nest: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> None:
     """Write a checkpoint of arrays that are all there but hold nothing yet: `Rows` fills them.
+
+    When this returns, it survives a power cut; see `digest_of_layout` for how far it came otherwise.
 
     Args:
         folder: does not exist yet.
@@ -70,13 +85,48 @@ def lay_out(
     # Not OCDBT, in which each write makes a new version of the index of all chunks, thousands of which add up.
     # Not zarr 3, because Orbax takes files of that without OCDBT for damaged, and warns whenever they are loaded.
     saving.use_ocdbt, saving.use_zarr3, saving.use_compression = False, False, False
-    points = {key: np.zeros((1,) * len(array.shape), DTYPES[array.dtype]) for key, array in wanted.items()}
+    numbers = {key: np.zeros((1,) * len(array.shape), DTYPES[array.dtype]) for key, array in wanted.items()}
     with Errors(JobError, "Orbax checkpoint cannot be written", folder), context, _without_merge_warning():
-        ocp.save(folder.absolute(), nest(points))
+        ocp.save(folder.absolute(), nest(numbers))
         item = _item(folder)
         for key, array in wanted.items():
-            rows = chunk_rows(array.shape, DTYPES[array.dtype].itemsize)
-            _resize(item / key, array.shape, chunks.get(key, (rows, *array.shape[1:])))
+            points.reach("before an array is laid out")
+            _resize(item / key, array.shape, _chunk(array, chunks))
+    sync_tree(folder)  # Orbax does not
+
+
+def digest_of_layout(folder: Path) -> str:
+    """A digest of all that `lay_out` has written, and `Rows` leaves as it is; of the chunks, nothing.
+
+    Two layouts of the same arrays differ in it, as Orbax notes times.
+
+    Raises:
+        JobError: something cannot be read.
+    """
+    inside = (file for file in folder.glob("*/**/*") if not _is_of_chunk(file.name))
+    files = sorted(file for file in (*inside, *(folder / name for name in OWN_FILES)) if file.is_file())
+    with io_errors(JobError, "layout of an Orbax checkpoint cannot be read", folder):
+        return digest(part for file in files for part in (str(file.relative_to(folder)).encode(), file.read_bytes()))
+
+
+def remove_broken_chunks(
+    folder: Path, arrays: Iterable[Shaped], *, chunks: Mapping[str, tuple[int, ...]] = NO_CHUNKS
+) -> None:
+    """Take away chunks of a wrong size, and what a killed process left of them: neither can be read or written to.
+
+    Arguments as in `lay_out`; nobody may be writing.
+
+    Raises:
+        JobError: something cannot be taken away.
+    """
+    with Errors(FormatError, NO_SUCH, folder):
+        item = _item(folder)
+    with io_errors(JobError, "chunks cannot be looked through", folder):
+        for array in arrays:
+            nbytes = math.prod(_chunk(array, chunks)) * DTYPES[array.dtype].itemsize
+            for file in (item / array.key).iterdir():
+                if _is_of_chunk(file.name) and not (_CHUNK.fullmatch(file.name) and file.stat().st_size == nbytes):
+                    file.unlink()
 
 
 class Rows:
@@ -147,6 +197,17 @@ def chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
     """
     row_bytes = max(1, int(np.prod(shape[1:], dtype=np.int64)) * itemsize)
     return 1 if row_bytes >= _LARGE_ROW_BYTES else max(1, min(shape[0], CHUNK_BYTES // row_bytes))
+
+
+def _chunk(array: Shaped, chunks: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of one chunk: what is asked for, or some rows."""
+    rows = chunk_rows(array.shape, DTYPES[array.dtype].itemsize)
+    return chunks.get(array.key, (rows, *array.shape[1:]))
+
+
+def _is_of_chunk(name: str) -> bool:
+    """Whether a file is a chunk, or will be one."""
+    return name.endswith(_LOCK_SUFFIX) or _CHUNK.fullmatch(name) is not None
 
 
 def _resize(array: Path, shape: tuple[int, ...], chunk: tuple[int, ...]) -> None:

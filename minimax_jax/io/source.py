@@ -12,7 +12,7 @@ from typing import Protocol
 
 from minimax_jax import paths
 from minimax_jax.errors import FormatError, JobError, Problem
-from minimax_jax.io.files import FileState, io_errors, open_regular, read_exactly, short_file
+from minimax_jax.io.files import FileState, io_errors, open_regular, read_exactly, short_file, sync_file
 from minimax_jax.io.location import WEB_SCHEMES, Location, Url
 
 _PIECE_BYTES = 2**24
@@ -210,7 +210,7 @@ def read_whole(file: Location, *, most_bytes: int, what: str) -> bytes:
 
 
 def copy_file(file: Location, copy: Path) -> None:
-    """Copy a file to this machine, where nothing stands in its way.
+    """Copy a file to this machine, where nothing stands in its way; the copy survives a power cut.
 
     Args:
         file: a regular file, or a URL.
@@ -223,6 +223,7 @@ def copy_file(file: Location, copy: Path) -> None:
     if isinstance(file, Path):
         with io_errors(JobError, "side file cannot be copied", file):
             shutil.copyfile(file, copy)
+        sync_file(copy)
         return
     opened = open_file(file)
     try:
@@ -231,6 +232,7 @@ def copy_file(file: Location, copy: Path) -> None:
                 piece = bytearray(min(_PIECE_BYTES, opened.state.nbytes - start))
                 opened.read_into(start, memoryview(piece))
                 stream.write(piece)
+        sync_file(copy)
     finally:
         opened.close()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minimax_jax.io.folder import require_apart
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
@@ -15,12 +15,13 @@ from minimax_jax.jobs import inspect as inspecting
 from minimax_jax.jobs import plan as planning
 from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS, Plan
 from minimax_jax.jobs.source import open_source
-from minimax_jax.jobs.streamed import StreamedPlan, load_planner, load_target, streamed_targets
+from minimax_jax.jobs.streamed import StreamedPlan, goes_on, load_planner, load_target, streamed_targets
 from minimax_jax.jobs.targets import require_known, target
 from minimax_jax.progress import Progress
 
 if TYPE_CHECKING:
-    from minimax_jax.jobs.run import Check, Report
+    from minimax_jax.jobs.records import Check
+    from minimax_jax.jobs.run import Report
 
 
 def inspect(
@@ -111,8 +112,8 @@ def convert(
     Args:
         path: the checkpoint to convert.
         destination: a folder that does not exist yet, or is empty.
-        to: as in `plan`. `orbax`, `dcp`, `maxtext` and `maxtext-unscanned` begin anew after a stop, and take none of
-            `check`, `restart`, `distributed` and `shard_bytes`.
+        to: as in `plan`. `orbax`, `dcp`, `maxtext` and `maxtext-unscanned` take neither `distributed` nor
+            `shard_bytes`.
         dtype: as in `plan`.
         max_memory_bytes: as in `plan`.
         workers: as in `plan`.
@@ -139,10 +140,13 @@ def convert(
     chosen = target(to, dtype)
     require_apart(path, destination)
     if to in streamed_targets():
-        require_known(to, shard_bytes=shard_bytes, check=check, restart=restart, distributed=distributed)
-        write, source = load_target(to), open_source(path, ignore=ignore, leave_out=leave_out)
-        budget = {"max_memory_bytes": max_memory_bytes, "workers": workers}
-        return write(source, Path(destination), dtype=chosen.dtype, progress=progress, **budget)
+        write = load_target(to)
+        asked: dict[str, Any] = {"check": check, "restart": restart}
+        require_known(to, shard_bytes=shard_bytes, distributed=distributed, goes_on=goes_on(write), **asked)
+        source = open_source(path, ignore=ignore, leave_out=leave_out)
+        how = asked | {"check": check or "sample"} if goes_on(write) else {}
+        how |= {"max_memory_bytes": max_memory_bytes, "workers": workers, "progress": progress}
+        return write(source, Path(destination), dtype=chosen.dtype, **how)
     from minimax_jax.jobs.run import run
     from minimax_jax.jobs.team import SOLO, distributed_team
 

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +26,27 @@ from minimax_jax.errors import LayoutError, Problem, raise_if
 from minimax_jax.io import orbax
 from minimax_jax.io.folder import appearing, workshop_of
 from minimax_jax.io.header import TensorInfo
+from minimax_jax.io.journal import has_records
 from minimax_jax.io.jsonfile import write_json_atomic
-from minimax_jax.io.orbax_rows import Rows, lay_out
 from minimax_jax.jobs.card import add_side_files
 from minimax_jax.jobs.left_out import require_found, warn_of
-from minimax_jax.jobs.orbax_plan import OrbaxPlan, plan
+from minimax_jax.jobs.orbax_fill import fill
+from minimax_jax.jobs.orbax_plan import plan
 from minimax_jax.jobs.orbax_source import open_orbax
-from minimax_jax.jobs.orbax_worker import OrbaxWorker
 from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS
+from minimax_jax.jobs.records import Check, quantised
 from minimax_jax.jobs.run import Report
 from minimax_jax.jobs.scales import scale_remarks
 from minimax_jax.jobs.source import Source
 from minimax_jax.jobs.team import present_team
 from minimax_jax.layout.check import Survey, survey
 from minimax_jax.layout.config import CONFIG_NAME, MiniMaxConfig
-from minimax_jax.layout.forms import NESTED, Layout
+from minimax_jax.layout.forms import Layout
 from minimax_jax.layout.table import SCALE_SUFFIX
 from minimax_jax.leaves import Leaf, native_blocks, native_leaf, stored
 from minimax_jax.ops.scaled import BlockScaled
 from minimax_jax.paths import path_of
 from minimax_jax.progress import Progress, Ticker
-from minimax_jax.trees import nest
 
 
 def write(
@@ -58,13 +57,18 @@ def write(
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
     workers: int = DEFAULT_WORKERS,
     layout: Layout = "native",
+    check: Check = "sample",
+    restart: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Convert a checkpoint of any layout to native (or MaxText's) in an Orbax checkpoint, some experts at a time.
 
-    The destination appears whole, by rename, or not at all. Weights that were FP8 are dequantised exactly, or stay FP8
-    byte for byte; float weights become FP8 with the source scales beside them where those reproduce them, else with
-    scales by amax. Source scales are not kept beside float weights.
+    The destination appears whole, by rename, or not at all. When it fails or is killed, what was done is kept beside
+    the destination, and the same job goes on from there, as `jobs.run.run` does.
+
+    Weights that were FP8 are dequantised exactly, or stay FP8 byte for byte; float weights become FP8 with the source
+    scales beside them where those reproduce them, else with scales by amax. Source scales are not kept beside float
+    weights.
 
     Args:
         source: an opened checkpoint.
@@ -73,31 +77,33 @@ def write(
         max_memory_bytes: budget over what the process has at the start; no grouped leaf is ever in memory whole.
         workers: threads.
         layout: `native`, or a layout of `layout.forms.NESTED`, whose arrays are one nested tree.
+        check: which units to read back from the disk before the destination takes its name.
+        restart: throw away what an earlier run left, instead of going on with it.
         progress: called on the calling thread after each piece of work.
 
     Raises:
         JobError: no such dtype, the budget is too small, the destination is taken, a write failed, or Orbax is not
-            installed.
+            installed; the unfinished work of another job stands in the way; what was read back is not what was written.
         FormatError: the source changed or ends too early while it is read.
         NumericError: a weight to be quantised holds NaN or infinity.
     """
     orbax.require()
     planned = plan(source, dtype, max_memory_bytes=max_memory_bytes, workers=workers, layout=layout)
     ticker = Ticker(planned.read_bytes, progress)
-    with appearing(destination) as folder:
-        folder.rmdir()  # Orbax makes it
-        lay_out(folder, planned.specs, chunks=planned.chunks, nest=nest if layout in NESTED else dict)
-        kept, fresh = _work(planned, folder, ticker)
-        add_side_files(source, folder, form="orbax" if layout == "native" else layout, dtype=dtype)
+    form = "orbax" if layout == "native" else layout
+    with appearing(destination, worth=has_records, restart=restart) as folder:
+        records = fill(planned, folder, form, check, ticker)
+        add_side_files(source, folder, form=form, dtype=dtype)
         write_json_atomic(folder / CONFIG_NAME, planned.config.to_dict())
+    kept, fresh = quantised(records)
     return Report(
         destination=destination,
         tensors=len(planned.specs),
         read_bytes=planned.read_bytes,
         written_bytes=planned.write_bytes,
         seconds=ticker.seconds,
-        kept_scales=len(kept),
-        fresh_scales=tuple(sorted(fresh)),
+        kept_scales=kept,
+        fresh_scales=fresh,
         read_tensors=len(source.checkpoint.tensors),
         remarks=tuple(scale_remarks(source, dtype, beside=False, all_fresh=bool(fresh) and not kept)),
         left_out=source.left_out,
@@ -188,23 +194,6 @@ def read(
     }
     restored = orbax.restore(folder, like)
     return {entry.native: native_leaf(entry, restored) for entry in checked.entries}
-
-
-def _work(planned: OrbaxPlan, folder: Path, ticker: Ticker) -> tuple[list[str], list[str]]:
-    """Do all units on the plan's threads; names of weights quantised with their source scales, and with fresh ones."""
-    kept: list[str] = []
-    fresh: list[str] = []
-    with ExitStack() as stack:
-        reader = stack.enter_context(planned.source.reader())
-        worker = OrbaxWorker(planned, reader, {spec.key: Rows(folder, spec.key) for spec in planned.specs})
-        pool = stack.enter_context(ThreadPoolExecutor(planned.workers, thread_name_prefix="convert"))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        futures = {pool.submit(worker.do, unit): unit.read_bytes for unit in planned.units}
-        for future in as_completed(futures):
-            for key, same in future.result().items():
-                (kept if same else fresh).append(key)
-            ticker.tick(futures[future])
-    return kept, fresh
 
 
 def _placed(shardings: Sharding | Mapping[str, Any] | None, checked: Survey) -> dict[str, Sharding]:

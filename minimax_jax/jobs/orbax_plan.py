@@ -48,6 +48,11 @@ class OrbaxUnit:
     read_bytes: int
     memory_bytes: int
 
+    @property
+    def rows(self) -> int | None:
+        """How many rows of an entry that is copied; None of one that is converted, whose experts or all it is."""
+        return None if self.entry.row.scaled else self.stop - self.first
+
 
 @dataclass(frozen=True, kw_only=True)
 class OrbaxPlan:
@@ -87,6 +92,22 @@ class OrbaxPlan:
     def peak_bytes(self) -> int:
         """Most memory over what the process has at the start: the largest units at a time, and what jax takes once."""
         return peak_bytes(self.units, self.workers)
+
+    def boxes(self, unit: OrbaxUnit) -> dict[str, tuple[slice, ...]]:
+        """What a unit writes: a box of each of some arrays, by name."""
+        entry = unit.entry
+        if self.layout in FORMS:
+            place = arrange(entry, self.layout, rows=unit.rows)
+            return dict.fromkeys(place.names, place.region(unit.first))
+        rows = {
+            spec.key: unit.rows or spec.shape[0] for spec in entry.native_specs(_stored(entry, self.source, self.dtype))
+        }
+        return {key: (slice(unit.first, unit.first + count),) for key, count in rows.items()}
+
+    @property
+    def division(self) -> bytes:
+        """A text of the arrays and their chunks, the same for plans that write the same files."""
+        return "\n".join(f"{spec} {self.chunks.get(spec.key)}" for spec in self.specs).encode()
 
 
 def plan(source: Source, dtype: str, *, max_memory_bytes: int, workers: int, layout: Layout = "native") -> OrbaxPlan:

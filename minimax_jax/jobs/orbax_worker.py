@@ -1,29 +1,34 @@
-"""Executes the units of a conversion to Orbax: reads, converts, writes."""
+"""Executes the units of a conversion to Orbax: reads, converts, writes, and notes what is done."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from minimax_jax.dtypes import DTYPES
+from minimax_jax.errors import FormatError
 from minimax_jax.io import points
+from minimax_jax.io.journal import Journal, digest
 from minimax_jax.io.orbax_rows import Rows
 from minimax_jax.io.reader import Reader
 from minimax_jax.jobs.heap import give_back
 from minimax_jax.jobs.orbax_plan import OrbaxPlan, OrbaxUnit
 from minimax_jax.jobs.quantize import quantize_leaf
 from minimax_jax.jobs.read import read_leaf, read_rows, rows_of
-from minimax_jax.layout.arrangement import arrange
+from minimax_jax.jobs.records import DIGEST, Record, record_of
 from minimax_jax.layout.forms import FORMS
 from minimax_jax.layout.table import SCALE_SUFFIX
 from minimax_jax.leaves import arranged, recast
 from minimax_jax.ops.checks import Array
 from minimax_jax.ops.scaled import BlockScaled
+
+LAYOUT = "layout"
+"""What a record says of the layout that was filled."""
 
 _LARGE_BYTES = 2**20
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -41,33 +46,75 @@ def keep_large_buffers_apart() -> None:
 
 
 class OrbaxWorker:
-    """Executes units; safe to call from several threads."""
+    """Executes units; safe to call from several threads.
 
-    def __init__(self, plan: OrbaxPlan, reader: Reader, arrays: Mapping[str, Rows]):
-        """Ready to work; `arrays` are those of the plan, by name."""
-        self.plan, self.reader, self.arrays = plan, reader, arrays
+    Attributes:
+        records: what is done, by the name of the unit.
+    """
+
+    def __init__(
+        self,
+        plan: OrbaxPlan,
+        reader: Reader,
+        arrays: Mapping[str, Rows],
+        journal: Journal,
+        found: Mapping[str, Record],
+        layout: str,
+    ):
+        """Ready to work.
+
+        Args:
+            plan: what to do.
+            reader: of its source.
+            arrays: those of the plan, by name.
+            journal: where units that are done are noted.
+            found: the records of an earlier process, which count only where they prove true.
+            layout: the digest of the layout that is filled, noted with each unit.
+        """
+        self.plan, self.reader, self.arrays, self.journal = plan, reader, arrays, journal
+        self.records: dict[str, Record] = {}
+        self._found, self._layout = found, layout
         keep_large_buffers_apart()
 
-    def do(self, unit: OrbaxUnit) -> Mapping[str, bool]:
-        """Do one unit; for weights that it quantised, by Hugging Face name, whether they kept their source scales."""
-        tensors, kept = self._converted(unit) if unit.entry.row.scaled else (self._copied(unit), {})
-        self._write(unit, tensors)
-        del tensors
+    def do(self, unit: OrbaxUnit) -> None:
+        """Do one unit, or find it done."""
+        name = self.name(unit)
+        record = self._found.get(name)
+        if record is not None and self.holds(unit, record):
+            self.records[name] = record
+        else:
+            self.records[name] = self._make(unit, name)
         give_back(unit.memory_bytes)
-        return kept
 
-    def _write(self, unit: OrbaxUnit, native: Mapping[str, Array]) -> None:
-        """Write stored native tensors, as the layout has them."""
+    def name(self, unit: OrbaxUnit) -> str:
+        """What the journal calls a unit: its entry and rows."""
+        return f"{unit.entry.native} {unit.first}+{unit.stop - unit.first}"
+
+    def holds(self, unit: OrbaxUnit, record: Record) -> bool:
+        """Whether the arrays hold what a record says; they are read for it."""
+        boxes = self.plan.boxes(unit).items()
+        try:
+            found = digest(np.ascontiguousarray(self.arrays[key].read_region(region)) for key, region in boxes)
+        except FormatError:  # chunks are missing, or the disk does not give them
+            return False
+        return found == record.get(DIGEST)
+
+    def _make(self, unit: OrbaxUnit, name: str) -> Record:
+        tensors, kept = self._converted(unit) if unit.entry.row.scaled else (self._copied(unit), {})
         points.reach("before a write")
-        if self.plan.layout not in FORMS:
-            for key, tensor in native.items():
-                self.arrays[key].write(unit.first, np.asarray(tensor))
-            return
-        rows = None if unit.entry.row.grouped else unit.stop - unit.first
-        region = arrange(unit.entry, self.plan.layout, rows=rows).region(unit.first)
-        held = {key: np.asarray(tensor) for key, tensor in native.items()}
-        for name, box in arranged(unit.entry, held, self.plan.layout, rows=rows).items():
-            self.arrays[name].write_region(region, np.ascontiguousarray(box))
+        record = {**record_of(name, digest(self._written(unit, tensors)), kept), LAYOUT: self._layout}
+        self.journal.note(record)
+        return record
+
+    def _written(self, unit: OrbaxUnit, native: Mapping[str, Array]) -> Iterator[npt.NDArray[Any]]:
+        """Write stored native tensors, as the layout has them; each box that is on the disk."""
+        arrays: Mapping[str, Array] = {key: np.asarray(tensor) for key, tensor in native.items()}
+        if self.plan.layout in FORMS:
+            arrays = arranged(unit.entry, arrays, self.plan.layout, rows=unit.rows)
+        for key, region in self.plan.boxes(unit).items():
+            box = np.ascontiguousarray(arrays[key])
+            self.arrays[key].write_region(region, box)
+            yield box
 
     def _copied(self, unit: OrbaxUnit) -> Mapping[str, Array]:
         rows = read_rows(self.plan.source, self.reader, unit.entry, unit.first, unit.stop)

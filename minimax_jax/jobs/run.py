@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from minimax_jax.display import Displayed
-from minimax_jax.errors import JobError, Problem, raise_if
 from minimax_jax.io.folder import appearing, workshop_of
-from minimax_jax.io.journal import Journal, has_records, read_journals
+from minimax_jax.io.journal import Journal, has_records
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.writer import Writer
 from minimax_jax.jobs.card import add_side_files
 from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.plan import Plan
+from minimax_jax.jobs.records import Check, Record, noted, quantised, require_true, work
 from minimax_jax.jobs.scales import Remark, scale_remarks
+from minimax_jax.jobs.stamp import stamp
 from minimax_jax.jobs.team import FAILED, SOLO, Team
 from minimax_jax.jobs.units import Unit
-from minimax_jax.jobs.worker import FRESH, KEPT, UNIT, Record, Worker, is_record
+from minimax_jax.jobs.worker import Worker
 from minimax_jax.ops.backend import Backend, TpuKernels, backend, tpu_kernels
 from minimax_jax.progress import Progress, Ticker
-
-Check: TypeAlias = Literal["none", "sample", "all"]
-
-_SAMPLE = 16
-"""One unit in so many is read back in a check of a sample."""
-
-_SYNC_BYTES = 2**30
-"""Most bytes of input whose work a power cut may undo."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -105,28 +94,28 @@ def run(
         NumericError: a weight to be quantised holds NaN or infinity.
     """
     ticker = Ticker(plan.read_bytes, progress)
-    stamp = dict(_stamp(plan))
+    mine = _stamp(plan)
     with team.standing_together(workshop_of(destination)):
         with _folder(destination, team, restart=restart) as folder, ExitStack() as stack:
             if team.leads:
-                _records(folder, stamp)  # refuses the work of another job before anything is written
+                noted(folder, mine)  # refuses the work of another job before anything is written
                 (folder.parent / FAILED).unlink(missing_ok=True)
                 add_side_files(plan.source, folder, form=plan.target.layout, dtype=plan.target.dtype)
             team.wait()
-            found = _records(folder, stamp)
+            found = noted(folder, mine)
             if not team.leads:
                 team.wait()
             writer = stack.enter_context(Writer(folder, plan.shards, beside=plan.sidecar, resume=True))
             if team.leads:
                 team.wait()
-            with Journal(folder.parent, stamp, process=team.index) as journal:
+            with Journal(folder.parent, mine, process=team.index) as journal:
                 reader = stack.enter_context(plan.source.reader())
                 worker = Worker(plan, reader, writer, journal, found)
                 _work(worker, plan.units[team.index :: team.count], ticker, team)
             reader.require_unchanged()
             team.wait()
             if team.leads:
-                _finish(worker, folder, stamp, check)
+                _finish(worker, folder, mine, check)
         team.wait()
     return _report(plan, Path(destination), ticker.seconds, worker.records)
 
@@ -139,71 +128,41 @@ def _folder(destination: str | Path, team: Team, *, restart: bool) -> AbstractCo
 
 
 def _work(worker: Worker, units: Sequence[Unit], ticker: Ticker, team: Team) -> None:
-    """Do units on the plan's threads; the first error stops the rest."""
-    unsaved_bytes = 0
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(worker.plan.workers, thread_name_prefix="convert"))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        futures = {pool.submit(worker.do, unit): unit.read_bytes for unit in units}
-        for future in as_completed(futures):
-            future.result()
-            team.require_all_well(worker.writer.folder.parent)
-            ticker.tick(futures[future])
-            unsaved_bytes += futures[future]
-            if unsaved_bytes >= _SYNC_BYTES:
-                unsaved_bytes = 0
-                worker.writer.sync()
-                worker.journal.sync()
+    """Do units on the plan's threads; the first error, here or in another process, stops the rest."""
+
+    def after(unit: Unit) -> None:
+        team.require_all_well(worker.writer.folder.parent)
+        ticker.tick(unit.read_bytes)
+
+    def sync() -> None:
+        worker.writer.sync()
+        worker.journal.sync()
+
+    work(worker.do, units, worker.plan.workers, after=after, sync=sync)
 
 
-def _finish(worker: Worker, folder: Path, stamp: Mapping[str, str], check: Check) -> None:
+def _finish(worker: Worker, folder: Path, mine: Mapping[str, str], check: Check) -> None:
     """Make the files whole once all units are done, by whomever; what makes a folder a checkpoint comes last."""
     plan = worker.plan
-    noted = _records(folder, stamp)
+    by_all = noted(folder, mine)
     for unit in plan.units:
         name = worker.name(unit)
-        if name not in worker.records and name in noted:
-            worker.adopt(unit, noted[name])
+        if name not in worker.records and name in by_all:
+            worker.adopt(unit, by_all[name])
     worker.writer.sync()
-    checked = {"none": plan.units[:0], "sample": plan.units[::_SAMPLE], "all": plan.units}[check]
-    raise_if(_untrue(worker, checked), JobError)
+    require_true(worker, plan.units, check, folder)
     worker.writer.finish()
     write_json_atomic(folder / "config.json", plan.config.to_dict())
 
 
-def _records(folder: Path, stamp: Mapping[str, str]) -> dict[str, Record]:
-    """What the journals beside a folder say, by the name of the unit; the last word counts."""
-    return {record[UNIT]: record for record in read_journals(folder.parent, stamp) if is_record(record)}
-
-
-def _untrue(worker: Worker, units: Sequence[Unit]) -> Iterator[Problem]:
-    for unit in units:
-        name = worker.name(unit)
-        if not worker.holds(unit, worker.records[name]):
-            what, remedy = "the disk does not hold what was written", "check the disk, then run the same command again"
-            yield Problem(what=what, file=str(worker.writer.folder), key=name, remedy=remedy)
-
-
-def _stamp(plan: Plan) -> Iterator[tuple[str, str]]:
-    """What must be the same for a job to go on with the work of another."""
-    yield "version", version("minimax_jax")
-    yield "target", f"{plan.target.layout} {plan.target.dtype}"
-    for name, config in (("config", plan.config), ("config of the source", plan.source.config)):
-        yield name, _sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
-    yield "division into files", _sha256(b"".join(shard.header for shard in (*plan.shards, *plan.sidecar)))
-    left_out = [key for part in plan.source.left_out for key in part.keys]
-    yield "left out", _sha256("\n".join(sorted(left_out)).encode()) if left_out else "nothing"
-    for file, state in plan.source.readable.states.items():
-        yield f"source file {file}", str(state)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _stamp(plan: Plan) -> dict[str, str]:
+    headers = b"".join(shard.header for shard in (*plan.shards, *plan.sidecar))
+    target = f"{plan.target.layout} {plan.target.dtype}"
+    return stamp(plan.source, target=target, config=plan.config, division={"files": headers})
 
 
 def _report(plan: Plan, destination: Path, seconds: float, records: Mapping[str, Record]) -> Report:
-    kept = sum(record[KEPT] for record in records.values())
-    fresh = tuple(sorted(key for record in records.values() for key in record[FRESH]))
+    kept, fresh = quantised(records)
     beside, all_fresh = plan.target.keeps_scales, bool(fresh) and not kept
     return Report(
         destination=destination,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 GROUP = "minimax_jax.targets"
 """Entry points of this group are functions that write a checkpoint in another form. Each is called with an opened
 source and the destination, and by keyword with what `convert` got: dtype (by format name), max_memory_bytes, workers,
-progress; it returns a Report. A function `plan` in the same module is called with the source, and by keyword with
-dtype, max_memory_bytes and workers; it returns a StreamedPlan."""
+progress, and check and restart where it has such parameters (see `goes_on`); it returns a Report. A function `plan` in
+the same module is called with the source, and by keyword with dtype, max_memory_bytes and workers; it returns a
+StreamedPlan."""
 
 _OWN: Mapping[str, tuple[str, Layout]] = {
     "orbax": ("", "native"),
@@ -96,6 +98,11 @@ def load_target(name: str) -> Callable[..., Report]:
         JobError: something is not installed that it takes.
     """
     return cast("Callable[..., Report]", _loaded(name, streamed_targets()[name]))
+
+
+def goes_on(write: Callable[..., Report]) -> bool:
+    """Whether a function that writes a further target goes on after a stop: then it takes `check` and `restart`."""
+    return {"check", "restart"} <= inspect.signature(write).parameters.keys()
 
 
 def load_planner(name: str) -> Callable[..., StreamedPlan]:

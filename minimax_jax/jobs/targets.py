@@ -56,14 +56,24 @@ def require_known(
     check: str | None = None,
     restart: bool = False,
     distributed: bool = False,
+    goes_on: bool = True,
 ) -> None:
     """Refuse what a target in other files than safetensors knows nothing of: it must not seem to be heeded.
+
+    Args:
+        to: the target.
+        shard_bytes: as `convert` got it, and so are the next.
+        check: means something to targets that go on after a stop, and so does `restart`.
+        restart: see `check`.
+        distributed: means nothing to any of them.
+        goes_on: whether this one goes on after a stop.
 
     Raises:
         RequestError: what was given that means nothing to it.
     """
-    asked = {"shard_bytes": shard_bytes != DEFAULT_SHARD_BYTES, "check": check not in (None, "none")}
-    asked |= {"restart": restart, "distributed": distributed}
+    asked = {"shard_bytes": shard_bytes != DEFAULT_SHARD_BYTES, "distributed": distributed}
+    if not goes_on:
+        asked |= {"check": check not in (None, "none"), "restart": restart}
     remedy = f"leave it out, or convert to a target in safetensors: {', '.join(TARGETS)}"
     raise_if(
         (

@@ -19,6 +19,7 @@ from minimax_jax.jobs.heap import give_back
 from minimax_jax.jobs.plan import Plan
 from minimax_jax.jobs.quantize import quantize_leaf
 from minimax_jax.jobs.read import read_leaf, read_rows, rows_of
+from minimax_jax.jobs.records import DIGEST, Record, record_of
 from minimax_jax.jobs.units import Convert, Copy, GroupScales, Unit
 from minimax_jax.layout.forms import FORMS
 from minimax_jax.layout.table import SCALE_SUFFIX
@@ -28,17 +29,6 @@ from minimax_jax.ops.scaled import BlockScaled
 from minimax_jax.ops.workspace import Workspace, empty
 
 HostArray: TypeAlias = npt.NDArray[Any]
-Record: TypeAlias = Mapping[str, Any]
-"""What the journal says of a finished unit: its name, the digest of what it wrote, and of weights that it quantised,
-how many kept their source scales and the names of those that did not."""
-
-UNIT, DIGEST, KEPT, FRESH = "unit", "xxh3_128", "kept_scales", "fresh_scales"
-
-
-def is_record(found: Mapping[str, Any]) -> bool:
-    """Whether a line of a journal is a record."""
-    kinds = {UNIT: str, DIGEST: str, KEPT: int, FRESH: list}
-    return all(isinstance(found.get(name), kind) for name, kind in kinds.items())
 
 
 class Worker:
@@ -92,19 +82,18 @@ class Worker:
         return mine
 
     def _make(self, unit: Unit, name: str) -> Record:
-        fresh: list[str] = []
-        kept: list[str] = []
-        arrays = list(self._arrays(unit, kept, fresh))
+        kept: dict[str, bool] = {}
+        arrays = list(self._arrays(unit, kept))
         for out, array in zip(self.plan.outputs(unit), arrays, strict=True):
             points.reach("before a write")
             if array.nbytes != out.nbytes:
                 raise JobError(Problem(what="output of another size than planned", key=out.key))
             self.writer.write(out.key, array, out.offset_bytes)
-        record = {UNIT: name, DIGEST: digest(arrays), KEPT: len(kept), FRESH: fresh}
+        record = record_of(name, digest(arrays), kept)
         self.journal.note(record)
         return record
 
-    def _arrays(self, unit: Unit, kept: list[str], fresh: list[str]) -> Iterator[HostArray]:
+    def _arrays(self, unit: Unit, kept: dict[str, bool]) -> Iterator[HostArray]:
         match unit:
             case Copy():
                 buffer = empty((unit.read_bytes,), np.uint8)
@@ -115,9 +104,9 @@ class Worker:
                 scales = {spec.key: self.reader.read(infos[spec.key]) for spec in unit.entry.scale_specs()}
                 yield np.asarray(group_scales(unit.entry, scales))
             case Convert():
-                yield from self._convert(unit, kept, fresh)
+                yield from self._convert(unit, kept)
 
-    def _convert(self, unit: Convert, kept: list[str], fresh: list[str]) -> Iterator[HostArray]:
+    def _convert(self, unit: Convert, kept: dict[str, bool]) -> Iterator[HostArray]:
         entry, target = unit.entry, self.plan.target
         if unit.rows is not None:
             yield read_rows(self.plan.source, self.reader, entry, unit.first, unit.first + unit.rows)
@@ -127,8 +116,7 @@ class Worker:
         leaf = read_leaf(self.plan.source, self.reader, entry, unit.first, None if keep else dtype)
         if target.dtype == "F8_E4M3" and not isinstance(leaf, BlockScaled):
             leaf, same = quantize_leaf(entry, leaf, self._source_scales(unit))
-            for key, held in same.items():
-                (kept if held else fresh).append(key)
+            kept.update(same)
         out = (emit if target.layout == "hf" else recast)(entry, leaf, dtype)
         if target.layout in FORMS:
             out = arranged(entry, {key: np.asarray(tensor) for key, tensor in out.items()}, target.layout)
