@@ -135,3 +135,18 @@ def test_outputs_are_loaded_without_a_warning(tmp_path, heard, to, dtype):
     folders.edit_json(tmp_path / "out" / "config.json", bos_token_id=10**6)
     generates(tmp_path / "out", dtype=dtype, **told)
     assert any("bos_token_id" in message for message in heard)  # so warnings are heard here
+
+
+def test_of_fp8_transformers_says_what_it_says_of_the_published_form_and_no_more(tmp_path, heard):
+    """On a CPU, that FP8 wants a GPU. Only a config that asks for bf16 everywhere (`dequantize`) would silence it."""
+    synthetic.synthesize(tmp_path / "made")
+    mj.convert(tmp_path / "made", tmp_path / "native")
+    mj.convert(tmp_path / "native", tmp_path / "out", to="hf-fp8")
+    said = []
+    for name in ("made", "out"):
+        transformers.logging.warning_once.cache_clear()
+        generates(tmp_path / name, dtype="auto")
+        said.append(tuple(heard))
+        heard.clear()
+    assert said[0] == said[1]
+    assert (len(said[0]) == 1 and "requires a GPU" in said[0][0]) or torch.cuda.is_available()
