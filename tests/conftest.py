@@ -133,6 +133,14 @@ def certified_copy(certified, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """What commands are run on: a checkpoint in two layouts. Modules that want others have a fixture of this name."""
+    from command_line import make
+
+    return make(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="session")
 def served(tmp_path_factory):
     """A checkpoint in several files, and one converted from it: what servers of tests hold."""
     from remote_cases import make

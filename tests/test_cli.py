@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import folders
 import pytest
-from command_line import process, run, run_json
+from command_line import CONFIG, EMBED, process, run, run_json
 
 import minimax_jax as mj
 from minimax_jax import synthetic
@@ -19,18 +19,6 @@ from minimax_jax.cli import cli
 from minimax_jax.cli.options import Size
 from minimax_jax.errors import argument
 from minimax_jax.jobs import front
-
-CONFIG = synthetic.config(layers=1, experts=3)
-EMBED = "model.embed_tokens.weight"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-    synthetic.synthesize(root / "hf", CONFIG, shard_bytes=60_000)
-    mj.convert(root / "hf", root / "native")
-    return root
-
 
 # --- each command ----------------------------------------------------------------------------------------------------
 

@@ -11,23 +11,9 @@ from pathlib import Path
 
 import folders
 import pytest
-from command_line import process, run, run_json
+from command_line import EMBED, process, run, run_json
 
-import minimax_jax as mj
-from minimax_jax import synthetic
 from minimax_jax.cli import cli
-
-CONFIG = synthetic.config(layers=1, experts=3)
-EMBED = "model.embed_tokens.weight"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-    synthetic.synthesize(root / "hf", CONFIG, shard_bytes=60_000)
-    mj.convert(root / "hf", root / "native")
-    return root
-
 
 # --- progress --------------------------------------------------------------------------------------------------------
 
