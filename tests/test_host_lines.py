@@ -57,14 +57,13 @@ def test_every_code_is_decoded_and_turned_wherever_it_goes(dtype, offset, block)
 @settings(max_examples=60, deadline=None)
 @given(
     st.floats(1, 2, exclude_max=True, width=32) | st.sampled_from([1.0, 1.125, 1.25, 1.5, 1.75]),
-    st.integers(-100, 90),
+    st.integers(-100, 108),
     st.booleans(),
 )
 def test_every_bfloat16_that_has_a_code_gets_it(significand, exponent, given_scales):
-    """In blocks of one scale: all magnitudes from far below the smallest code to the largest, of either sign."""
+    """In blocks of one scale: all magnitudes up to that of the largest code, of either sign."""
     scale = np.ldexp(np.float32(significand), exponent)
     size = np.arange(0x7F80, dtype=np.uint16).view(BF16).astype(np.float32)
-    size = size[(size <= 448 * scale) & (size >= scale * np.float32(2.0**-14)) | (size == 0)]
     size = np.append(size, (448 * scale).astype(BF16).astype(np.float32))
     size = size[size <= 448 * scale]
     every = np.resize(np.concatenate([size, -size]), (32 * 128, 128)).astype(BF16)

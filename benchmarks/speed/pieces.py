@@ -30,7 +30,7 @@ def _amax(weights: Any) -> Any:
 def _encode(weights: Any, room: Any, codes: Any) -> None:
     for _ in range(_TIMES):
         for col in range(0, _COLS, BLOCK):
-            kernels._encode_block(weights[:, col : col + BLOCK], np.float32(0.01), room, codes[:, col : col + BLOCK])
+            kernels._encode_block(weights[:, col : col + BLOCK], np.float32(0.01), room, codes[:, col : col + BLOCK], 0)
 
 
 @numba.njit(nogil=True)

@@ -13,9 +13,6 @@ from numba.extending import intrinsic
 from minimax_jax.ops.kernels_lanes import I8, I16, I64, LINE_BYTES, Lanes, fetch, place_of
 from minimax_jax.ops.kernels_simd import GROUP, TABLES, decoded
 
-_AHEAD = 256
-"""Columns of weights by which the encoder has memory brought to the cache."""
-
 
 @intrinsic  # type: ignore[untyped-decorator]
 def peak(_: Any, weights: Any, col: Any, rows: Any) -> Any:
@@ -37,17 +34,16 @@ def peak(_: Any, weights: Any, col: Any, rows: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def encode_group(_: Any, weights: Any, col: Any, limits: Any, codes: Any) -> Any:
+def encode_group(_: Any, weights: Any, col: Any, limits: Any, codes: Any, ahead: Any) -> Any:
     """Codes of bfloat16 weights that have one scale: `codes[:, col : col + GROUP]`.
-
-    From code 8 on, eight codes make a power of two, and the same bits after the exponent begin a code in each of them.
-    The few smaller weights are held against the limits of their codes.
 
     Args:
         weights: bits, `[rows, cols]`.
         col: the first column.
-        limits: bits of the smallest weight that has code `k` or a larger one, at place `k`, uint16 `[17]`.
+        limits: bits of the smallest weight that has code `k` or a larger one, at place `k`, uint16 `[17]`; those of a
+            scale of less than 2**100.
         codes: `[rows, cols]`.
+        ahead: bytes from each weight to one that is brought to the cache meanwhile.
     """
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -56,41 +52,88 @@ def encode_group(_: Any, weights: Any, col: Any, limits: Any, codes: Any) -> Any
             builder.load(builder.inttoptr(place_of(context, builder, limits, args[2], I64(code)), I16.as_pointer()))
             for code in range(17)
         ]
-        first = builder.sub(limit[16], I16(0x80))  # of the power of two of code 8, whose own limit is lower
-        steps = [builder.trunc(builder.sub(limit[code], first), I8) for code in range(9, 16)]
-        tables = [lanes.count_reached(lanes.numbers(I8, start), steps) for start in (0, GROUP)] if TABLES else []
-
-        def count(low: Any) -> Any:
-            return lanes.look_up(tables, low) if TABLES else lanes.count_reached(low, steps)
-
+        encode = (_by_tables if TABLES else _by_limits)(lanes, limit)
         rows = cgutils.unpack_tuple(builder, context.make_array(codes)(context, builder, args[3]).shape, 2)[0]
         with cgutils.for_range(builder, rows) as loop:
-            bits = lanes.load(place_of(context, builder, weights, args[0], loop.index, args[1]), I16)
-            code = _encode(lanes, bits, first, count, limit[1:9])
+            source = place_of(context, builder, weights, args[0], loop.index, args[1])
+            code = encode(lanes.load(source, I16))
             place = place_of(context, builder, codes, args[3], loop.index, args[1])
             builder.store(code, builder.inttoptr(place, code.type.as_pointer()), align=1)
-            ahead = place_of(context, builder, weights, args[0], loop.index, builder.add(args[1], I64(_AHEAD)))
-            fetch(builder, ahead)
-            fetch(builder, builder.add(ahead, I64(LINE_BYTES)))
+            for line in range(0, 2 * GROUP, LINE_BYTES):
+                fetch(builder, builder.add(builder.add(source, args[4]), I64(line)))
         return context.get_dummy_value()
 
-    return types.void(weights, types.intp, limits, codes), emit
+    return types.void(weights, types.intp, limits, codes, types.intp), emit
 
 
-def _encode(lanes: Lanes, bits: Any, first: Any, count: Callable[[Any], Any], small_limits: list[Any]) -> Any:
-    build, narrow = lanes.builder, lanes.of(I8)
-    size = build.and_(bits, lanes.constant(I16, 0x7FFF))
-    above = build.sub(bits, lanes.same(first))  # with the sign where it was, unless the weight is small
-    low = build.and_(build.trunc(above, narrow), lanes.constant(I8, 0x7F))
-    eights = build.trunc(build.lshr(above, lanes.constant(I16, 4)), narrow)
-    eights = build.add(build.and_(eights, lanes.constant(I8, 0x78)), lanes.constant(I8, 8))
-    code = cgutils.alloca_once_value(build, build.add(eights, count(low)))
-    small = build.icmp_unsigned("<", size, lanes.same(first))
-    with build.if_then(build.icmp_unsigned("!=", build.bitcast(small, I64), I64(0)), likely=False):
-        few = build.trunc(lanes.count_reached(size, small_limits), narrow)
-        build.store(build.select(small, few, build.load(code)), code)
-    sign = build.trunc(build.lshr(bits, lanes.constant(I16, 8)), narrow)
-    return build.or_(build.load(code), build.and_(sign, lanes.constant(I8, 0x80)))
+# From code 8 on, eight codes make a power of two, and the same seven bits after the exponent begin a code in each. A
+# power begins where 15 rounds to 16. Of the codes below 8, the power before holds the limits of 5 to 8, the one before
+# that those of 3 and 4, then come that of 2 and that of 1. Bits are told by how far `above` code 8's power they are.
+
+
+def _by_tables(lanes: Lanes, limit: list[Any]) -> Callable[[Any], Any]:
+    """An encoder that looks up, by the seven bits, what they add to a power of two, and which limits they reach."""
+    build, first = lanes.builder, _first(lanes, limit)
+    steps = [build.and_(build.trunc(build.sub(each, first), I8), I8(0x7F)) for each in limit[1:16]]
+    places = [lanes.numbers(I8, 0), lanes.numbers(I8, GROUP)]
+    upper = [build.add(lanes.count_reached(low, steps[8:]), lanes.constant(I8, 8)) for low in places]
+    lower = [lanes.mark_reached(low, steps[:8]) for low in places]
+    limits_of, below = [0] * GROUP, [0] * GROUP  # at eight times the power, modulo 64
+    for power, (mine, before) in enumerate([(0x01, 0), (0x02, 1), (0x0C, 2), (0xF0, 4)], start=4):
+        limits_of[8 * power], below[8 * power] = mine, before
+    masks, starts = (ir.Constant(lanes.of(I8), table) for table in (limits_of, below))
+
+    def encode(bits: Any) -> Any:
+        low, high = lanes.halves(build.sub(bits, lanes.same(first)))  # with the sign where it was, unless it is small
+        powers = build.and_(build.shl(high, lanes.constant(I8, 4)), lanes.constant(I8, 0x70))
+        powers = build.or_(powers, build.and_(build.lshr(low, lanes.constant(I8, 4)), lanes.constant(I8, 8)))
+        sign, size = build.and_(high, lanes.constant(I8, 0x80)), build.and_(high, lanes.constant(I8, 0x7F))
+        code = build.or_(sign, build.add(powers, lanes.look_up(upper, low)))
+
+        def few() -> Any:
+            reached = build.and_(lanes.look_up(lower, low), lanes.pick(masks, powers))
+            small = build.add(lanes.count_bits(reached), lanes.pick(starts, powers))
+            held = build.icmp_unsigned(">=", size, lanes.constant(I8, 0x7E))  # else it is below code 1's power
+            return build.or_(lanes.select(held, small, 0), build.xor(sign, lanes.constant(I8, 0x80)))
+
+        is_small = build.icmp_unsigned(">=", size, lanes.constant(I8, 0x10))  # no code is 32 powers above
+        return _rarely(lanes, is_small, few, code)
+
+    return encode
+
+
+def _by_limits(lanes: Lanes, limit: list[Any]) -> Callable[[Any], Any]:
+    """An encoder that counts the limits that are reached."""
+    build, first = lanes.builder, _first(lanes, limit)
+    steps = [build.trunc(build.sub(each, first), I8) for each in limit[9:16]]
+
+    def encode(bits: Any) -> Any:
+        narrow, size = lanes.of(I8), build.and_(bits, lanes.constant(I16, 0x7FFF))
+        above = build.sub(bits, lanes.same(first))
+        low = build.and_(build.trunc(above, narrow), lanes.constant(I8, 0x7F))
+        powers = build.trunc(build.lshr(above, lanes.constant(I16, 4)), narrow)
+        powers = build.add(build.and_(powers, lanes.constant(I8, 0x78)), lanes.constant(I8, 8))
+        code = build.add(powers, lanes.count_reached(low, steps))
+        is_small = build.icmp_unsigned("<", size, lanes.same(first))
+        code = _rarely(lanes, is_small, lambda: build.trunc(lanes.count_reached(size, limit[1:9]), narrow), code)
+        sign = build.trunc(build.lshr(bits, lanes.constant(I16, 8)), narrow)
+        return build.or_(code, build.and_(sign, lanes.constant(I8, 0x80)))
+
+    return encode
+
+
+def _first(lanes: Lanes, limit: list[Any]) -> Any:
+    """Where the power of two of code 8 begins, whose own limit is lower."""
+    return lanes.builder.sub(limit[16], I16(0x80))
+
+
+def _rarely(lanes: Lanes, where: Any, few: Callable[[], Any], else_: Any) -> Any:
+    """`few()` in the lanes that `where` tells, which is made only if there are any."""
+    build = lanes.builder
+    chosen = cgutils.alloca_once_value(build, else_)
+    with build.if_then(build.icmp_unsigned("!=", build.bitcast(where, I64), I64(0)), likely=False):
+        build.store(build.select(where, few(), else_), chosen)
+    return build.load(chosen)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -43,9 +43,9 @@ class Lanes:
         """A number, in every lane."""
         return ir.Constant(self.of(kind), [value] * self.count)
 
-    def numbers(self, kind: Any, start: int) -> Any:
+    def numbers(self, kind: Any, start: int, step: int = 1) -> Any:
         """`start`, and what comes after it."""
-        return ir.Constant(self.of(kind), list(range(start, start + self.count)))
+        return ir.Constant(self.of(kind), list(range(start, start + step * self.count, step)))
 
     def same(self, value: Any) -> Any:
         """A value of the program, in every lane."""
@@ -59,10 +59,25 @@ class Lanes:
 
     def look_up(self, tables: list[Any], places: Any) -> Any:
         """Bytes of a table of 128, in two halves, by the lower seven bits of the places; for 64 lanes, on some x86."""
-        kind = ir.FunctionType(self.of(I8), [self.of(I8)] * 3)
-        name = "llvm.x86.avx512.vpermi2var.qi.512"
-        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
-        return self.builder.call(function, [tables[0], places, tables[1]])
+        return self._bytes("llvm.x86.avx512.vpermi2var.qi.512", tables[0], places, tables[1])
+
+    def pick(self, table: Any, places: Any) -> Any:
+        """Bytes of a table of 64, by the lower six bits of the places; for 64 lanes, on some x86."""
+        return self._bytes("llvm.x86.avx512.permvar.qi.512", table, places)
+
+    def halves(self, words: Any) -> tuple[Any, Any]:
+        """The lower and the upper bytes of words of 16 bits; as `look_up`."""
+        count, items = self.count, self.builder.bitcast(words, ir.VectorType(I8, 2 * self.count))
+        table = [shuffle(self.builder, items, items, range(start, start + count)) for start in (0, count)]
+        return self.look_up(table, self.numbers(I8, 0, 2)), self.look_up(table, self.numbers(I8, 1, 2))
+
+    def count_bits(self, values: Any) -> Any:
+        """How many bits are set in each byte."""
+        return self._bytes(f"llvm.ctpop.v{self.count}i8", values)
+
+    def _bytes(self, name: str, *vectors: Any) -> Any:
+        kind = ir.FunctionType(self.of(I8), [self.of(I8)] * len(vectors))
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), vectors)
 
     def reduced(self, how: str, values: Any) -> Any:
         """One value of all lanes."""
@@ -70,6 +85,18 @@ class Lanes:
         name = f"llvm.vector.reduce.{how}.v{self.count}i{kind.width}"
         function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(kind, [values.type]), name)
         return self.builder.call(function, [values])
+
+    def select(self, where: Any, values: Any, other: int) -> Any:
+        """Values, and elsewhere one number."""
+        return self.builder.select(where, values, self.constant(values.type.element, other))
+
+    def mark_reached(self, values: Any, limits: list[Any]) -> Any:
+        """A bit for each limit that a value reaches, lane by lane."""
+        build, marks = self.builder, self.constant(values.type.element, 0)
+        for bit, limit in enumerate(limits):
+            reached = build.icmp_unsigned(">=", values, self.same(limit))
+            marks = build.or_(marks, self.select(reached, self.constant(values.type.element, 1 << bit), 0))
+        return marks
 
     def count_reached(self, values: Any, limits: list[Any]) -> Any:
         """How many of the limits a value reaches, lane by lane."""

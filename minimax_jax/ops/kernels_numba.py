@@ -34,7 +34,7 @@ from minimax_jax.ops.kernels_lanes import LINE_BYTES
 F = TypeVar("F", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
 
-PIECES = "2b8703178c14f89987437d3ae4d6d20acdb03b306c9b0b7936c1ac83fa061a68"
+PIECES = "04fedb567eee929378af7dd1dfd41efa81c7a7fab44d7f86d63dfd91cb9060bc"
 """SHA-256 of what kernels_bits.py, kernels_encode.py, kernels_lanes.py and kernels_simd.py hold, in this order."""
 
 _TILE_ROWS = 256
@@ -138,7 +138,8 @@ def encode(
             if not scale > F32(0):
                 return NOT_COVERED
             codes = panel[: last - first, : stop - begin] if transposed else target[first:last, place]
-            _encode_block(weights, scale, room, codes)
+            down, on = (0, block[1]) if stop < cols else (block[0], -begin)
+            _encode_block(weights, scale, room, codes, down * source.strides[0] + on * source.itemsize)
             if given and not _reproduces(codes, scale, weights):
                 return CHANGED
             if transposed:
@@ -239,15 +240,15 @@ def _amax(weights: Array) -> Any:
 
 
 @kernel
-def _encode_block(weights: Array, scale: Any, room: tuple[Array, Array, Array], codes: Array) -> None:
-    """Codes of a block; see `_encode_row`."""
+def _encode_block(weights: Array, scale: Any, room: tuple[Array, Array, Array], codes: Array, ahead: int) -> None:
+    """Codes of a block; see `_encode_row`. The next block, `ahead` bytes from it, is brought to the cache."""
     limits, spread, few = room
-    whole = weights.shape[1] // simd.GROUP * simd.GROUP if is_bfloat16(weights) else 0
+    whole = weights.shape[1] // simd.GROUP * simd.GROUP if is_bfloat16(weights) and scale < F32(2.0**100) else 0
     spread[:] = scale
     if whole:
         _find_limits(limits, spread, few)
     for col in range(0, whole, simd.GROUP):
-        encode_group(weights, col, limits, codes)
+        encode_group(weights, col, limits, codes, ahead)
     if whole < weights.shape[1]:
         for row in range(weights.shape[0]):
             _encode_row(weights[row, whole:], spread, codes[row, whole:])
