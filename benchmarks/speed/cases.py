@@ -67,7 +67,7 @@ class Case:
 
     @functools.cached_property
     def weights(self) -> dict[str, Array]:
-        """What is quantised, in the form of `native`: normal, as the weights of a trained model nearly are.
+        """Other weights in the form of `native`: normal, as those of a trained model nearly are.
 
         Those of `native` are not: their codes are random, and one in ten is below the smallest normal code.
         """
@@ -81,12 +81,12 @@ class Case:
     @functools.cached_property
     def quantized(self) -> dict[str, Array]:
         """Codes and scales by amax of `weights`, by Hugging Face name."""
-        made: dict[str, Array] = {}
-        for entry in self.entries:
-            for keys, weights in zip(entry.keys, self.weights[entry.native], strict=True):
-                for key, part in zip(keys, np.split(weights, len(keys), axis=1), strict=True):
-                    made[key], made[key + "_scale_inv"] = quantize(part.T)
-        return made
+        return self._quantized(self.weights)
+
+    @functools.cached_property
+    def requantized(self) -> dict[str, Array]:
+        """Those of `native`."""
+        return self._quantized(self.native)
 
     @property
     def fp8_bytes(self) -> int:
@@ -102,6 +102,14 @@ class Case:
     def files(self) -> list[Path]:
         """Its files of weights."""
         return sorted(self.path.glob("*.safetensors"))
+
+    def _quantized(self, native: Mapping[str, Array]) -> dict[str, Array]:
+        made: dict[str, Array] = {}
+        for entry in self.entries:
+            for keys, weights in zip(entry.keys, native[entry.native], strict=True):
+                for key, part in zip(keys, np.split(weights, len(keys), axis=1), strict=True):
+                    made[key], made[key + "_scale_inv"] = quantize(part.T)
+        return made
 
     def _grouped(self, entry: Entry) -> Iterator[Array]:
         for keys in entry.keys:

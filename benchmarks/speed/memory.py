@@ -23,6 +23,7 @@ from minimax_jax.ops.workspace import Workspace
 DEQUANTISE, QUANTISE = "dequantise + group", "ungroup + quantise"
 STREAM, STREAM_BACK = "memory stream: read 1 byte, write 2", "memory stream: read 2 bytes, write 1"
 SINGLE_PASS, REUSED, FRESH = "single pass, a plain loop", "minimax_jax, reused buffers", "minimax_jax, fresh outputs"
+RANDOM_CODES = "minimax_jax, reused buffers, weights of random codes"
 FRESH_BACK, NEMO, TORCH = "minimax_jax, fresh outputs", "NeMo AutoModel from_hf", "torch, vectorised"
 
 _WORKSPACE_BYTES = 64 * 2**20
@@ -48,10 +49,17 @@ def contestants(case: Case, few: Case) -> Iterator[Contestant]:
     )
     yield slow(TORCH, run=lambda: peers.to_numpy(peers.torch_from_hf(few)()))
     yield slow("numpy + ml_dtypes", run=peers.numpy_from_hf(few))
+    yield from _back(case, few)
+
+
+def _back(case: Case, few: Case) -> Iterator[Contestant]:
     one, slow = (functools.partial(_contestant, QUANTISE, which, "quantized") for which in (case, few))
     native = {name: jnp.asarray(leaf) for name, leaf in case.weights.items()}
     yield one(STREAM_BACK, "bound", bounds.stream(case, widen=False), check=None)
-    yield one(REUSED, "ours", functools.partial(in_workspaces, _quantise, case), check=_check_quantised)
+    for name, weights, want in ((REUSED, "weights", "quantized"), (RANDOM_CODES, "native", "requantized")):
+        quantise = functools.partial(_quantise, weights)
+        check = functools.partial(_check_quantised, quantise, want)
+        yield one(name, "ours", functools.partial(in_workspaces, quantise, case), check=check)
     back = functools.partial(mj.to_hf, native, case.config, quantization=True, partial=True)
     yield one(FRESH_BACK, "ours", lambda: jax.block_until_ready(back()))
     yield slow(TORCH, "peer", lambda: peers.to_numpy(peers.torch_to_hf(few)()))
@@ -103,9 +111,9 @@ def _dequantise(case: Case, entry: Entry, expert: int) -> Result:
     return {entry.native: (expert, load(narrow, case.tree, jnp.bfloat16))}
 
 
-def _quantise(case: Case, entry: Entry, expert: int) -> Result:
+def _quantise(weights: str, case: Case, entry: Entry, expert: int) -> Result:
     narrow = entry.narrow(slice(expert, expert + 1))
-    return emit(narrow, case.weights[entry.native][expert : expert + 1], FP8)
+    return emit(narrow, getattr(case, weights)[entry.native][expert : expert + 1], FP8)
 
 
 def _check_dequantised(case: Case, _: object) -> None:
@@ -119,7 +127,7 @@ def _check_dequantised(case: Case, _: object) -> None:
     require_same(kept, case.native, REUSED)
 
 
-def _check_quantised(case: Case, _: object) -> None:
+def _check_quantised(quantise: Callable[[Case, Entry, int], Result], want: str, case: Case, _: object) -> None:
     kept: Result = {}
-    in_workspaces(_quantise, case, lambda result: kept.update({key: np.array(leaf) for key, leaf in result.items()}))
-    require_same(kept, case.quantized, REUSED)
+    in_workspaces(quantise, case, lambda result: kept.update({key: np.array(leaf) for key, leaf in result.items()}))
+    _same(want, case, kept)
