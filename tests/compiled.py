@@ -12,23 +12,25 @@ import jax
 from jax._src import cache_key
 
 _HASH = "_hash_serialized_compile_options"
-_SETTINGS = {
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
 
 
 def keep(folder):
     """Keep every program of this process in a folder, and take from there what it holds."""
-    for name, value in {"jax_compilation_cache_dir": str(folder), **_SETTINGS}.items():
+    for name, value in settings(folder).items():
         jax.config.update(name, value)
     if hasattr(cache_key, _HASH):
         setattr(cache_key, _HASH, functools.partial(_hash_options, getattr(cache_key, _HASH)))
 
 
+def settings(folder):
+    """The settings of JAX that do so, but for the devices; none without a folder."""
+    always = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": -1}
+    return {"jax_compilation_cache_dir": str(folder), **always} if folder else {}
+
+
 def environment(folder):
-    """What makes another process do the same, but for the devices."""
-    return {name.upper(): str(value) for name, value in {"jax_compilation_cache_dir": folder, **_SETTINGS}.items()}
+    """What makes another process have these settings."""
+    return {name.upper(): str(value) for name, value in settings(folder).items()}
 
 
 def _hash_options(by_jax, into, options, strip_device_assignment=False):

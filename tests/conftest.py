@@ -2,7 +2,7 @@
 
 Programs that XLA has compiled before, in another worker or in an earlier run, are taken from pytest's cache: most of
 the time of these tests goes into compiling (see `compiled.py`). `pytest --cache-clear` forgets them. Of the other
-processes that tests start, the commands of pages and those that save together share it.
+processes that tests start, the commands of pages and those that work as a group share it.
 """
 
 import gc

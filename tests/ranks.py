@@ -1,21 +1,16 @@
 """Scenarios in several processes over gloo: every rank runs each of them, and raises if anything is wrong."""
 
-import multiprocessing
 import os
 import traceback
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import pytest
+import forked
 import torch
 import torch.distributed as dist
 from members import free_port
 
 SECONDS = 120
-PRELOADED = ("from_hf_ranks", "to_hf_ranks", "storage_ranks")
-"""The modules of scenarios: imported once, in the process that ranks are forked from."""
-
 _IMPORTED_BY = os.getpid()
 _SCENARIOS = []
 
@@ -34,17 +29,9 @@ def scenarios(*modules, kind=""):
 
 def run(world, scenarios, *arguments):
     """Run scenarios in `world` processes; gives by name what each rank says of it: nothing if all is well."""
-    context = multiprocessing.get_context("forkserver")
-    port = free_port()
-    with pytest.MonkeyPatch.context() as patch:
-        # Python 3.11 gives the server no sys.path: without this one it imports nothing, and every rank all of it.
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        context.set_forkserver_preload([*PRELOADED])
-        queue = context.SimpleQueue()
-        shared = (world, port, queue, tuple(scenarios.values()), arguments)
-        ranks = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(world)]
-        for process in ranks:
-            process.start()
+    queue = forked.CONTEXT.SimpleQueue()
+    shared = (world, free_port(), queue, tuple(scenarios.values()), arguments)
+    ranks = forked.start(_rank, *((rank, *shared) for rank in range(world)))
     for process in ranks:
         process.join(SECONDS)
         process.kill()

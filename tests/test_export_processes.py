@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import compiled
 import members
 import pytest
 
@@ -18,14 +17,13 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(pytestconfig):
+def two():
     """A function that gives what each of two processes says last."""
-    environment = {"XLA_FLAGS": "", **compiled.environment(pytestconfig.cache.mkdir("xla"))}
     script = Path(__file__).with_name("export_process.py")
 
     def run(*arguments):
         address = f"127.0.0.1:{members.free_port()}"
-        _, told = members.finish([members.start(script, address, index, *arguments, **environment) for index in (0, 1)])
+        _, told = members.finish([members.start(script, address, index, *arguments, XLA_FLAGS="") for index in (0, 1)])
         return [out.splitlines()[-1] if out else error for out, error in told]
 
     return run
