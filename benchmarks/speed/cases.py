@@ -15,6 +15,7 @@ import minimax_jax as mj
 from benchmarks.speed.rounds import NotTheSameBits
 from minimax_jax import synthetic
 from minimax_jax.layout.specs import Entry
+from minimax_jax.ops.workspace import empty
 
 Array = np.ndarray[Any, Any]
 BLOCK = 128
@@ -62,8 +63,16 @@ class Case:
 
     @functools.cached_property
     def native(self) -> dict[str, Array]:
-        """What its experts are in the native layout, bfloat16 `[experts, cols, parts*rows]`."""
-        return {entry.native: np.stack(list(self._grouped(entry))) for entry in self.entries}
+        """What its experts are in the native layout, bfloat16 `[experts, cols, parts*rows]`.
+
+        It lies in memory as a job's, or a jax array's, does: from the beginning of a line of the cache on.
+        """
+        made = {}
+        for entry in self.entries:
+            made[entry.native] = empty((self.experts, *next(self._grouped(entry)).shape), BF16)
+            for place, expert in zip(made[entry.native], self._grouped(entry), strict=True):
+                place[:] = expert
+        return made
 
     @functools.cached_property
     def weights(self) -> dict[str, Array]:
@@ -73,7 +82,7 @@ class Case:
         """
         made, rng = {}, np.random.default_rng(0)
         for name, leaf in self.native.items():
-            made[name] = np.empty(leaf.shape, BF16)
+            made[name] = empty(leaf.shape, BF16)
             for expert in made[name]:
                 expert[:] = rng.standard_normal(expert.shape, np.float32) * np.float32(0.02)
         return made

@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from minimax_jax.ops.kernels_lanes import I8, I16, I64, LINE_BYTES, Lanes, fetch, place_of
+from minimax_jax.ops.kernels_lanes import I8, I16, I64, LINE_BYTES, Lanes, align_stack, fetch, place_of
 from minimax_jax.ops.kernels_simd import GROUP, TABLES, decoded
 
 
@@ -47,6 +47,7 @@ def encode_group(_: Any, weights: Any, col: Any, limits: Any, codes: Any, ahead:
     """
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        align_stack(builder)
         lanes = Lanes(builder, GROUP)
         limit = [
             builder.load(builder.inttoptr(place_of(context, builder, limits, args[2], I64(code)), I16.as_pointer()))

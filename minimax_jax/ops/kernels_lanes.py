@@ -126,6 +126,17 @@ def places_below(context: Any, builder: Any, kind: Any, array: Any, row: Any, co
     return places
 
 
+def align_stack(builder: Any) -> None:
+    """Have the function that is being built put vectors aside on whole lines of the cache.
+
+    The compiler does not by itself, and where the stack of a thread begins is random: in one process in two or three,
+    each such vector lay across two lines, and kernels took up to half as long again. No caller may take the function
+    into itself, which would take its stack as well.
+    """
+    builder.function.attributes.alignstack = LINE_BYTES
+    builder.function.attributes.add("noinline")
+
+
 def fetch(builder: Any, place: Any) -> None:
     """Bring the line of a place to the second-level cache; a place that is not there does no harm."""
     pointer = builder.inttoptr(place, I8.as_pointer())

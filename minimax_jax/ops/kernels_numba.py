@@ -34,7 +34,7 @@ from minimax_jax.ops.kernels_lanes import LINE_BYTES
 F = TypeVar("F", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
 
-PIECES = "04fedb567eee929378af7dd1dfd41efa81c7a7fab44d7f86d63dfd91cb9060bc"
+PIECES = "14bffa428f2ec4a66235b045fba62a65bfa57c3a2ca85c475bf27ba2e0f5485c"
 """SHA-256 of what kernels_bits.py, kernels_encode.py, kernels_lanes.py and kernels_simd.py hold, in this order."""
 
 _TILE_ROWS = 256

@@ -25,6 +25,7 @@ from minimax_jax.ops.kernels_lanes import (
     LINE_BYTES,
     BFloat,
     Lanes,
+    align_stack,
     fetch,
     join,
     place_of,
@@ -196,6 +197,7 @@ def _turn(context: Any, builder: Any, signature: Any, args: Any, change: Callabl
     Interleaving the first half of the rows with the second half, as often as the side has bits, is a transposition.
     What is needed after the next line is brought to the cache: a part of it each time, since several share that line.
     """
+    align_stack(builder)
     kind, goal, (source, row, col, target, even) = signature.args[0], signature.args[-2], args
     item = ir.IntType(kind.dtype.bitwidth)
     side, squares = 8 * SQUARE_BYTES // item.width, LINE_BYTES // SQUARE_BYTES
