@@ -72,7 +72,8 @@ def outcomes(part: str, folder: Path, options: argparse.Namespace) -> Iterator[O
         yield from inputs.tried(folder)
         return
     several = OPTIONS if part == "kills" else list(OPTIONS)[:1]
-    work = jobs(folder / part, names=list(QUICK if options.quick and part == "kills" else several))
+    names = list(QUICK if options.quick and part == "kills" else several)
+    work = jobs(folder / part, names=names, **(teams.UNCERTIFIED if part == "teams" else {}))
     source, place = folder / part / "hf", folder / part
     if part == "faults":
         yield from faults.tried(work[0], source, place, every=3 if options.quick else 1)

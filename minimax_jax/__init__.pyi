@@ -10,6 +10,7 @@ from .errors import LayoutError as LayoutError
 from .errors import NumericError as NumericError
 from .errors import Problem as Problem
 from .errors import RequestError as RequestError
+from .jobs.after import certify as certify
 from .jobs.after import diff as diff
 from .jobs.after import push as push
 from .jobs.after import verify as verify

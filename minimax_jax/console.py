@@ -170,7 +170,7 @@ def _bar(what: str) -> Iterator[Listener]:
 
     rate, memory = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[memory]}")
     columns = (
-        TextColumn(what),
+        TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         rate,
@@ -178,11 +178,13 @@ def _bar(what: str) -> Iterator[Listener]:
         memory,
     )
     with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None, rate="", memory="")
+        tasks = {what: bar.add_task(what, total=None, rate="", memory="")}
 
         def listen(moment: Progress) -> None:
-            done, total = moment.done_bytes, moment.total_bytes
-            bar.update(task, total=total, completed=done, rate=_rate(moment), memory=_memory())
+            step, done, total = moment.step or what, moment.done_bytes, moment.total_bytes
+            if step not in tasks:
+                tasks[step] = bar.add_task(step, total=None, rate="", memory="")
+            bar.update(tasks[step], total=total, completed=done, rate=_rate(moment), memory=_memory())
 
         yield listen
 
@@ -200,7 +202,7 @@ class _Lines:
         self._next = time.monotonic() + _LINE_SECONDS
         share = moment.done_bytes / max(moment.total_bytes, 1)
         facts = (f"{share:.0%}", _rate(moment), _memory(), f"{_left(moment)} left")
-        click.echo(f"{self._what}: {', '.join(filter(None, facts))}", err=True)
+        click.echo(f"{moment.step or self._what}: {', '.join(filter(None, facts))}", err=True)
 
 
 def _rate(moment: Progress) -> str:

@@ -9,11 +9,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """A moment of a job: bytes read so far, of how many, after how many seconds."""
+    """A moment of a job.
+
+    Attributes:
+        done_bytes: bytes read so far.
+        total_bytes: of how many.
+        seconds: time since it began.
+        step: what is done after the job itself, which counts from nothing: `certify`; None for the job.
+    """
 
     done_bytes: int
     total_bytes: int
     seconds: float
+    step: str | None = None
 
 
 class Ticker:

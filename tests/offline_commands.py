@@ -66,7 +66,7 @@ STEPS = {
     "import": importing,
     "synth": command("synth", "@hf", "--layers", "1", "--experts", "2"),
     "inspect": command("inspect", "@hf", "--json"),
-    "convert": command("convert", "@hf", "@native", "--certify"),
+    "convert": command("convert", "@hf", "@native"),
     "to orbax": command("convert", "@hf", "@orbax", "--to", "orbax"),
     "to dcp": command("convert", "@hf", "@dcp", "--to", "dcp"),
     "verify": command("verify", "@hf", "@native"),

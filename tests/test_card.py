@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import folders
 import pytest
 from command_line import run, run_json
 from huggingface_hub import ModelCard
@@ -11,6 +12,7 @@ from servers import Handler, serving
 
 import minimax_jax as mj
 from minimax_jax import synthetic
+from minimax_jax.errors import RequestError
 from minimax_jax.jobs.loading import lines_to_load
 
 CARD, CERTIFICATE = "README.md", "certificate.json"
@@ -63,7 +65,7 @@ def test_a_card_that_somebody_wrote_goes_along(made, tmp_path, to):
 
 
 def test_a_card_of_ours_and_a_certificate_stay_where_they_are(made, tmp_path):
-    run("convert", made, tmp_path / "native", "--certify")
+    run("convert", made, tmp_path / "native")
     mj.convert(tmp_path / "native", tmp_path / "back", to="hf-fp8")
     assert not (tmp_path / "back" / CERTIFICATE).exists()
     text = (tmp_path / "back" / CARD).read_text()
@@ -98,14 +100,51 @@ def test_a_card_on_a_server_is_told_apart_as_well(made, tmp_path):
     assert (tmp_path / "theirs" / CARD).read_text() == "theirs"
 
 
-def test_certify_leaves_a_certificate_that_holds_and_a_card_that_names_it(made, tmp_path):
-    told, _ = run_json("convert", made, tmp_path / "out", "--to", "hf-fp8", "--certify")
+@pytest.mark.parametrize("to", ["hf-fp8", "orbax"])
+def test_the_command_leaves_a_certificate_that_holds_and_a_card_that_names_it(made, tmp_path, to):
+    told, _ = run_json("convert", made, tmp_path / "out", "--to", to)
     assert mj.verify(tmp_path / "out", certificate=tmp_path / "out" / CERTIFICATE).good
     document = json.loads((tmp_path / "out" / CERTIFICATE).read_bytes())
     assert told["certified"] == document["checkpoints"][0]["sha256"]
     text = (tmp_path / "out" / CARD).read_text()
     assert told["certified"] in text and "- made from: a checkpoint in the hf layout, weights in F8_E4M3\n" in text
     assert CARD not in document["checkpoints"][0]["files"]
+    assert document["checkpoints"][0]["path"] == str(tmp_path / "out")
+
+
+def test_the_certificate_of_a_conversion_is_the_one_that_verify_writes(made, tmp_path):
+    assert mj.convert(made, tmp_path / "out").certified is None
+    mj.verify(tmp_path / "out", output=tmp_path / "of verify.json")
+    shutil.rmtree(tmp_path / "out")
+    mj.convert(made, tmp_path / "out", certify=True)
+    assert (tmp_path / "out" / CERTIFICATE).read_bytes() == (tmp_path / "of verify.json").read_bytes()
+
+
+def test_certify_leaves_the_same_in_a_folder_that_has_none_and_holds_it_against_one(made, tmp_path):
+    done = mj.convert(made, tmp_path / "out", certify=True)
+    before = folders.files(tmp_path / "out")
+    assert mj.certify(tmp_path / "out") == done.certified
+    (tmp_path / "out" / CERTIFICATE).unlink()
+    assert mj.certify(tmp_path / "out") == done.certified
+    assert folders.files(tmp_path / "out") == before
+
+
+def test_an_attribute_that_is_ignored_in_the_source_is_in_the_output(made, tmp_path):
+    source = shutil.copytree(made, tmp_path / "source")
+    folders.edit_json(source / "config.json", sparkles=3)
+    run("convert", source, tmp_path / "out", "--ignore-attribute", "sparkles")
+    seen = mj.verify(tmp_path / "out", certificate=tmp_path / "out" / CERTIFICATE, ignore=["sparkles"])
+    assert seen.good and "sparkles" in seen.checkpoints[0].unread
+
+
+@pytest.mark.parametrize(("options", "said"), [(["--no-certify"], None), (["--to", "dcp"], "nothing here reads dcp")])
+def test_without_a_certificate_the_reason_is_told_to_who_asked_for_none_of_it(made, tmp_path, options, said):
+    stdout, _ = run("convert", made, tmp_path / "out", *options)
+    lines = [line for line in stdout.splitlines() if line.startswith("cert")]
+    assert [line.partition(", because ")[0] for line in lines] == ["certificate: none"] * (said is not None)
+    assert said is None or said in lines[0]
+    assert run_json("convert", made, tmp_path / "json", *options)[0]["certified"] is None
+    assert not (tmp_path / "out" / CERTIFICATE).exists() and "sha256" not in (tmp_path / "out" / CARD).read_text()
 
 
 @pytest.mark.parametrize("asked", [["--certify"], ["--push", "hf://org/name"]])
@@ -113,4 +152,16 @@ def test_certify_leaves_a_certificate_that_holds_and_a_card_that_names_it(made, 
 def test_what_could_not_be_certified_in_the_end_is_refused_at_the_start(made, tmp_path, asked, options):
     _, said = run("convert", made, tmp_path / "out", *asked, *options, code=2)
     assert asked[0] in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_push_without_a_certificate_is_refused(made, tmp_path):
+    assert "--no-certify" in run("convert", made, tmp_path / "out", "--push", "hf://a/b", "--no-certify", code=2)[1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"to": "dcp"}, {"distributed": True}])
+def test_in_python_it_is_refused_as_well(made, tmp_path, options):
+    with pytest.raises(RequestError, match="certify"):
+        mj.convert(made, tmp_path / "out", certify=True, **options)
     assert not (tmp_path / "out").exists()

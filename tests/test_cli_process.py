@@ -27,9 +27,12 @@ def test_plain_progress_lines_go_to_stderr(made, tmp_path, monkeypatch):
     }
     for what, command in commands.items():
         _, stderr = run_json(*command)
-        lines = stderr.splitlines()
-        assert lines and all(line.startswith(f"{what}: ") and "GB/s" in line and "\r" not in line for line in lines)
-        assert lines[-1].startswith(f"{what}: 100%, ") and lines[-1].endswith(" 0 s left")
+        steps = [what, "certify"] if what == "convert" else [what]
+        each = [[line for line in stderr.splitlines() if line.startswith(f"{step}: ")] for step in steps]
+        assert stderr.splitlines() == [line for lines in each for line in lines]
+        assert all(lines and "\r" not in "".join(lines) and all("GB/s" in line for line in lines) for lines in each)
+        for step, lines in zip(steps, each, strict=True):
+            assert lines[-1].startswith(f"{step}: 100%, ") and lines[-1].endswith(" 0 s left")
 
 
 def test_short_jobs_and_quiet_ones_say_nothing(made, tmp_path, monkeypatch):

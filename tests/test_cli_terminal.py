@@ -65,6 +65,7 @@ def test_colours_are_for_terminals_and_no_color_takes_them_off(made, arguments, 
 def test_the_bar_has_rate_and_memory(made, tmp_path):
     seen = screen("convert", made, tmp_path / "out", COLUMNS="140")
     assert b"GB/s" in seen and b"of memory" in seen and b"import minimax_jax as mj" in seen
+    assert 0 < seen.index(b"convert") < seen.index(b"certify")
 
 
 def test_plain_lines_have_rate_memory_and_time_left(made, monkeypatch):

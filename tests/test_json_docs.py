@@ -117,7 +117,8 @@ def test_plan_and_convert(made, tmp_path):
     whole = run_json("plan", made / "a", "--probe", tmp_path, "--mesh", "expert=2")[0]
     streamed = run_json("plan", made / "a", "--to", "orbax")[0]
     check(sections()["plan"], whole, streamed, run_json("plan", made / "a", "--to", "hf")[0])
-    check(sections()["convert"], run_json("convert", made / "a", tmp_path / "out", "--to", "hf", "--certify")[0])
+    done = [run_json("convert", made / "a", tmp_path / to, "--to", to)[0] for to in ("hf", "dcp")]
+    check(sections()["convert"], *done)
 
 
 def test_verify_and_demo(made, tmp_path):

@@ -17,6 +17,8 @@ import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.cli import cli
 from minimax_jax.errors import JobError, LayoutError
+from minimax_jax.jobs import certifying
+from minimax_jax.jobs.verify import verify
 
 # Of the client, about how it calls the library that it builds on.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -53,10 +55,13 @@ def convert(*arguments):
     return CliRunner().invoke(cli, ["convert", *map(str, arguments)], catch_exceptions=False)
 
 
-def test_a_conversion_is_pushed_whole_with_certificate_and_card(source, hub, tmp_path):
+def test_a_conversion_is_pushed_whole_with_certificate_and_card(source, hub, tmp_path, monkeypatch):
     (source / "README.md").unlink(missing_ok=True)
+    readings = []
+    monkeypatch.setattr(certifying, "verify", lambda *args, **more: readings.append(args) or verify(*args, **more))
     result = convert(source, tmp_path / "native", "--push", REPOSITORY, "--private", "--json")
     assert result.exit_code == 0, result.output
+    assert len(readings) == 1  # and not again to push
     told = json.loads(result.stdout)["pushed"]
     assert told["commit"].endswith(COMMIT)
     assert folders.files(hub.folder / "repository") == folders.files(tmp_path / "native")

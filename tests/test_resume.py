@@ -91,6 +91,30 @@ def test_a_kill_right_after_the_rename_leaves_a_whole_destination(source, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and mj.verify(source, out).good
 
 
+@pytest.mark.parametrize(
+    ("moment", "count"), [("in the certification", 1), ("in the certification", 20), ("before the rename", 1)]
+)
+def test_a_kill_around_the_certificate_is_survived(source, whole, tmp_path, monkeypatch, moment, count):
+    out = tmp_path / "out"
+    convert(source, out, certify=True)
+    undisturbed = folders.files(shutil.move(out, tmp_path / "undisturbed"))
+    assert "certificate.json" in undisturbed
+    stop(source, out, monkeypatch, count, moment, certify=True)
+    assert not out.exists()
+    made = count_units(monkeypatch)
+    convert(source, out, certify=True)
+    assert made == [] and folders.files(out) == undisturbed
+    assert mj.verify(out, certificate=out / "certificate.json").good
+
+
+def test_a_certificate_that_a_killed_run_left_is_not_that_of_one_that_makes_none(source, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stop(source, out, monkeypatch, 1, "before the rename", certify=True)
+    assert (workshop_of(out) / "out" / "certificate.json").exists()
+    convert(source, out)
+    assert folders.files(out) == whole["native"]
+
+
 @pytest.mark.parametrize("count", [1, 7, 38])
 def test_only_what_was_not_done_is_done(source, whole, tmp_path, monkeypatch, count):
     out, total = tmp_path / "out", len(mj.plan(source).units)

@@ -16,15 +16,17 @@ from minimax_jax.jobs.streamed import goes_on, load_target, streamed_targets
 from trials.outcome import Child, files, in_child
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "native bf16": {"to": "native", "dtype": "bf16", "workers": 2, "shard_bytes": 300_000},
+    "native bf16": {"to": "native", "dtype": "bf16", "workers": 2, "shard_bytes": 300_000, "certify": True},
     "transformers-v5 bf16": {"to": "transformers-v5", "dtype": "bf16", "workers": 2, "shard_bytes": 300_000},
-    "maxtext bf16": {"to": "maxtext", "dtype": "bf16", "workers": 2},
-    "orbax fp8": {"to": "orbax", "dtype": "fp8", "workers": 2},
+    "maxtext bf16": {"to": "maxtext", "dtype": "bf16", "workers": 2, "certify": True},
+    "orbax fp8": {"to": "orbax", "dtype": "fp8", "workers": 2, "certify": True},
     "dcp bf16": {"to": "dcp", "dtype": "bf16", "workers": 2},
-    "native fp8": {"to": "native", "dtype": "fp8", "workers": 1, "shard_bytes": 300_000},
-    "hf bf16": {"to": "hf", "dtype": "bf16", "workers": 3, "shard_bytes": 300_000},
+    "native fp8": {"to": "native", "dtype": "fp8", "workers": 1, "shard_bytes": 300_000, "certify": True},
+    "hf bf16": {"to": "hf", "dtype": "bf16", "workers": 3, "shard_bytes": 300_000, "certify": True},
     "transformers-v5 fp8": {"to": "transformers-v5", "dtype": "fp8", "workers": 2, "shard_bytes": 300_000},
 }
+"""What is converted to what; with a certificate as by the command, and without."""
+
 QUICK = tuple(OPTIONS)[:3]
 
 
@@ -46,11 +48,11 @@ class Job:
     moments: dict[str, int]
 
 
-def jobs(folder: Path, *, names: Sequence[str] = tuple(OPTIONS)) -> list[Job]:
-    """Jobs on a checkpoint in `folder / "hf"`, each run once undisturbed."""
+def jobs(folder: Path, *, names: Sequence[str] = tuple(OPTIONS), **changes: Any) -> list[Job]:
+    """Jobs on a checkpoint in `folder / "hf"`, each run once undisturbed; with changes of their options."""
     folder.mkdir()
     in_child(partial(_synthesize, folder / "hf"))
-    return [_job(name, folder) for name in names]
+    return [_job(name, folder, OPTIONS[name] | changes) for name in names]
 
 
 def convert(source: Path, options: dict[str, Any], out: Path) -> None:
@@ -62,8 +64,8 @@ def _synthesize(folder: Path) -> None:
     synthetic.synthesize(folder, synthetic.config(layers=2, experts=4), shard_bytes=50_000)
 
 
-def _job(name: str, folder: Path) -> Job:
-    run, to = partial(convert, folder / "hf", OPTIONS[name]), OPTIONS[name]["to"]
+def _job(name: str, folder: Path, options: dict[str, Any]) -> Job:
+    run, to = partial(convert, folder / "hf", options), options["to"]
     expected = folder / f"undisturbed {name}"
     in_child(partial(run, expected))  # what is compiled for the first time is found in the cache later
     moments = in_child(partial(_counted, run, folder / f"counted {name}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -10,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from minimax_jax.io.cards import CERTIFICATE_NAME
+from minimax_jax.jobs.certified import seal
 
 HANGS_AFTER_S = 120
 """Far longer than anything here takes."""
@@ -109,7 +113,20 @@ def named(error: object) -> str:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file in a folder and below it, hidden ones too, by path; time and place that Orbax notes are taken out."""
+    """Every file in a folder and below it, hidden ones too, by path; time and place that Orbax notes are taken out.
+
+    So is the place that a certificate names, where it is this folder.
+    """
     found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     noted = {name: found[name].translate(None, free) for name, free in _NOTED_BY_ORBAX.items() if name in found}
+    if CERTIFICATE_NAME in found:
+        noted[CERTIFICATE_NAME] = _placeless(found[CERTIFICATE_NAME], folder)
     return found | noted
+
+
+def _placeless(certificate: bytes, folder: Path) -> bytes:
+    """A certificate without the path that it names and the seal over it, as far as both are right."""
+    document = json.loads(certificate)
+    for right in (str(folder), seal(document)):
+        certificate = certificate.replace(json.dumps(right).encode(), b"right", 1)
+    return certificate

@@ -1,4 +1,4 @@
-"""The jobs by path that come after a conversion: what the package exports as `verify`, `diff` and `push`.
+"""The jobs by path that come after a conversion: what the package exports as `verify`, `diff`, `certify` and `push`.
 
 What needs jax is imported where it is called.
 """
@@ -17,6 +17,7 @@ from minimax_jax.progress import Progress
 if TYPE_CHECKING:
     from minimax_jax.jobs.diff import Diff, Rank
     from minimax_jax.jobs.push import Pushed
+    from minimax_jax.jobs.run import Report
     from minimax_jax.jobs.verification import Verification
 
 
@@ -159,10 +160,49 @@ def push(
     )
 
 
-def certify(
-    path: str | Path, *, workers: int = DEFAULT_WORKERS, progress: Callable[[Progress], None] | None = None
-) -> str:
-    """Read a checkpoint's folder, and leave a certificate and a card that names it there; see `jobs.push.certify`."""
+def push_converted(
+    report: Report, url: str, *, private: bool = False, origin: str | None = None, ignore: Collection[str] = ()
+) -> Pushed:
+    """Upload what a conversion has just certified; see `jobs.push.push_converted`."""
     from minimax_jax.jobs import push as pushing
 
-    return pushing.certify(open_source(path), Path(path), workers=workers, progress=progress)
+    return pushing.push_converted(report, url, private=private, origin=origin, ignore=ignore)
+
+
+def certify(
+    path: str | Path,
+    *,
+    workers: int = DEFAULT_WORKERS,
+    ignore: Collection[str] = (),
+    leave_out: Collection[str] = (),
+    progress: Callable[[Progress], None] | None = None,
+) -> str:
+    """Read a checkpoint's folder, and leave `certificate.json` and a card that names it there.
+
+    A certificate that is there is held against what was read, and stays; so does a card that somebody wrote. `convert`
+    does this itself where it is asked to.
+
+    Args:
+        path: a checkpoint's folder.
+        workers: threads.
+        ignore: attributes of config.json to leave unread.
+        leave_out: as in `plan`.
+        progress: called as the tensors are read.
+
+    Returns:
+        One digest of all tensors.
+
+    Raises:
+        CheckpointError: as `open_source`; JobError where the checkpoint is not what its certificate says, or the folder
+            cannot be written to.
+
+    Examples:
+        >>> mj.synthesize("MiniMax-M2")
+        >>> digest = mj.certify("MiniMax-M2")
+        >>> mj.verify("MiniMax-M2", certificate="MiniMax-M2/certificate.json").good
+        True
+    """
+    from minimax_jax.jobs import certifying
+
+    source = open_source(path, ignore=ignore, leave_out=leave_out)
+    return certifying.certify(source, Path(path), workers=workers, progress=progress)

@@ -51,6 +51,8 @@ class Card:
 def add_side_files(source: Source, folder: Path, *, form: str, dtype: str) -> None:
     """Copy what goes along with a source's weights into a folder made from it, and write a card where none does.
 
+    A certificate that a killed process left there is taken away: whoever wants one makes it when the folder is whole.
+
     Args:
         source: what is converted.
         folder: what it becomes.
@@ -61,6 +63,7 @@ def add_side_files(source: Source, folder: Path, *, form: str, dtype: str) -> No
         FormatError: a side file is lost or cannot be read.
         JobError: something cannot be written.
     """
+    (folder / CERTIFICATE_NAME).unlink(missing_ok=True)
     found = side_files(source.path)
     for file in found:
         copy_file(file, folder / file.name)

@@ -16,7 +16,7 @@ from minimax_jax.jobs import plan as planning
 from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS, Plan
 from minimax_jax.jobs.source import open_source
 from minimax_jax.jobs.streamed import StreamedPlan, goes_on, load_planner, load_target, streamed_targets
-from minimax_jax.jobs.targets import require_known, target
+from minimax_jax.jobs.targets import require_certifiable, require_known, target
 from minimax_jax.progress import Progress
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def convert(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     check: Check | None = None,
     restart: bool = False,
+    certify: bool = False,
     distributed: bool = False,
     ignore: Collection[str] = (),
     leave_out: Collection[str] = (),
@@ -120,6 +121,8 @@ def convert(
         shard_bytes: as in `plan`.
         check: which units to read back from the disk at the end: `none`, `sample` (the default), `all`.
         restart: throw away the unfinished work of an earlier run instead of going on with it.
+        certify: read all of the output again at the end, and leave `certificate.json` in it, and a card that names it;
+            the command line does so unless it is told not to. Not of `dcp`, nor with `distributed`.
         distributed: share the work with the other processes of `jax.distributed`; see `jobs.team.distributed_team`.
         ignore: as in `plan`.
         leave_out: as in `plan`.
@@ -138,13 +141,16 @@ def convert(
         (32, ())
     """
     chosen = target(to, dtype)
+    if certify:
+        require_certifiable(to, distributed=distributed)
     require_apart(path, destination)
     if to in streamed_targets():
         write = load_target(to)
         asked: dict[str, Any] = {"check": check, "restart": restart}
         require_known(to, shard_bytes=shard_bytes, distributed=distributed, goes_on=goes_on(write), **asked)
         source = open_source(path, ignore=ignore, leave_out=leave_out)
-        how = asked | {"check": check or "sample"} if goes_on(write) else {}
+        how: dict[str, Any] = asked | {"check": check or "sample"} if goes_on(write) else {}
+        how |= {"certify": True} if certify else {}  # which only targets of this package know of
         how |= {"max_memory_bytes": max_memory_bytes, "workers": workers, "progress": progress}
         return write(source, Path(destination), dtype=chosen.dtype, **how)
     from minimax_jax.jobs.run import run
@@ -158,4 +164,5 @@ def convert(
         workers=workers,
         shard_bytes=shard_bytes,
     )
-    return run(planned, destination, check=check or "sample", restart=restart, team=team, progress=progress)
+    how = {"check": check or "sample", "restart": restart, "certify": certify}
+    return run(planned, destination, team=team, progress=progress, **how)

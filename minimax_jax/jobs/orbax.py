@@ -29,6 +29,7 @@ from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.journal import has_records
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.jobs.card import add_side_files
+from minimax_jax.jobs.certifying import certify_unnamed
 from minimax_jax.jobs.left_out import require_found, warn_of
 from minimax_jax.jobs.orbax_fill import fill
 from minimax_jax.jobs.orbax_plan import plan
@@ -59,6 +60,7 @@ def write(
     layout: Layout = "native",
     check: Check = "sample",
     restart: bool = False,
+    certify: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Convert a checkpoint of any layout to native (or MaxText's) in an Orbax checkpoint, some experts at a time.
@@ -79,6 +81,7 @@ def write(
         layout: `native`, or a layout of `layout.forms.NESTED`, whose arrays are one nested tree.
         check: which units to read back from the disk before the destination takes its name.
         restart: throw away what an earlier run left, instead of going on with it.
+        certify: read all of it again at the end, and leave a certificate in it.
         progress: called on the calling thread after each piece of work.
 
     Raises:
@@ -95,18 +98,22 @@ def write(
         records = fill(planned, folder, form, check, ticker)
         add_side_files(source, folder, form=form, dtype=dtype)
         write_json_atomic(folder / CONFIG_NAME, planned.config.to_dict())
+        seconds = ticker.seconds
+        how: dict[str, Any] = {"ignore": source.config.extra, "workers": planned.workers, "progress": progress}
+        certified = certify_unnamed(folder, destination, **how) if certify else None
     kept, fresh = quantised(records)
     return Report(
         destination=destination,
         tensors=len(planned.specs),
         read_bytes=planned.read_bytes,
         written_bytes=planned.write_bytes,
-        seconds=ticker.seconds,
+        seconds=seconds,
         kept_scales=kept,
         fresh_scales=fresh,
         read_tensors=len(source.checkpoint.tensors),
         remarks=tuple(scale_remarks(source, dtype, beside=False, all_fresh=bool(fresh) and not kept)),
         left_out=source.left_out,
+        certified=certified,
     )
 
 

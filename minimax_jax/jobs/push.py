@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from minimax_jax.errors import JobError, Problem
-from minimax_jax.io.cards import CARD_NAME, CERTIFICATE_NAME
-from minimax_jax.io.jsonfile import write_text_atomic
+from minimax_jax.errors import JobError, Problem, RequestError, argument
+from minimax_jax.io.cards import CERTIFICATE_NAME
 from minimax_jax.io.upload import repository_of, require_repository, upload
-from minimax_jax.jobs.card import certified_card
-from minimax_jax.jobs.certificate import write_certificate
-from minimax_jax.jobs.certified import read_certificate
+from minimax_jax.jobs.certifying import held, write_card
 from minimax_jax.jobs.left_out import LeftOut
+from minimax_jax.jobs.run import Report
 from minimax_jax.jobs.source import Source, open_source
-from minimax_jax.jobs.verification import By, Digested
-from minimax_jax.jobs.verify import verify
 from minimax_jax.nearby import did_you_mean
 from minimax_jax.paths import is_folder, path_of
 from minimax_jax.progress import Progress
@@ -86,38 +82,39 @@ def push(
     require_pushable(url)
     folder = _folder(path)
     source = open_source(folder, ignore=ignore, leave_out=leave_out)
-    seen = _certified(source, folder / CERTIFICATE_NAME, workers, progress)
-    made = _write_card(source, folder, seen.sha256, origin)
+    seen = held(source, folder / CERTIFICATE_NAME, workers, progress)
+    return _send(source, folder, url, sha256=seen.sha256, private=private, origin=origin)
+
+
+def push_converted(
+    report: Report, url: str, *, private: bool = False, origin: str | None = None, ignore: Collection[str] = ()
+) -> Pushed:
+    """As `push`, of what a conversion of this process has just certified: no tensor is read again.
+
+    Args:
+        report: of the conversion, which left a certificate.
+        url: as in `push`.
+        private: as in `push`.
+        origin: as in `push`.
+        ignore: as in `push`.
+
+    Raises:
+        CheckpointError: as `push`.
+    """
+    require_pushable(url)
+    if report.certified is None:
+        what, remedy = "a conversion that left no certificate", argument("certify")
+        raise RequestError(Problem(what=what, file=str(report.destination), remedy=remedy))
+    source = open_source(report.destination, ignore=ignore)
+    return _send(source, report.destination, url, sha256=report.certified, private=private, origin=origin)
+
+
+def _send(source: Source, folder: Path, url: str, *, sha256: str, private: bool, origin: str | None) -> Pushed:
+    made = write_card(source, folder, sha256, origin)
     again = f"run `minimax-jax push {folder} {url}` again"
     message = f"{source.survey.layout} layout, by minimax_jax {version('minimax_jax')}"
     commit = upload(folder, repository_of(url), private=private, message=message, remedy=again)
-    return Pushed(folder=folder, commit=commit, sha256=seen.sha256, card=made, left_out=source.left_out)
-
-
-def certify(
-    source: Source, folder: Path, *, workers: int = 2, progress: Callable[[Progress], None] | None = None
-) -> str:
-    """Leave a certificate in a checkpoint's folder, and a card that names it where nobody wrote another.
-
-    All tensors are read. Where `certificate.json` is there they are held against it instead.
-
-    Returns:
-        The digest of all tensors.
-
-    Raises:
-        FormatError: a file changed or ends too early while it is read.
-        JobError: the checkpoint is not what its certificate says, or the folder cannot be written to.
-    """
-    seen = _certified(source, folder / CERTIFICATE_NAME, workers, progress)
-    _write_card(source, folder, seen.sha256, None)
-    return seen.sha256
-
-
-def _write_card(source: Source, folder: Path, sha256: str, origin: str | None) -> bool:
-    card = certified_card(source, folder, sha256, origin)
-    if card is not None:
-        write_text_atomic(folder / CARD_NAME, str(card))
-    return card is not None
+    return Pushed(folder=folder, commit=commit, sha256=sha256, card=made, left_out=source.left_out)
 
 
 def _folder(path: str | Path) -> Path:
@@ -128,19 +125,3 @@ def _folder(path: str | Path) -> Path:
     what = "not a folder of this machine, and nothing else is pushed"
     remedy = did_you_mean(folder, "give the folder that holds the checkpoint, converted if need be")
     raise JobError(Problem(what=what, got=str(path), remedy=remedy))
-
-
-def _certified(source: Source, file: Path, workers: int, progress: Callable[[Progress], None] | None) -> Digested:
-    """The digests of a checkpoint: those of its certificate, or of the one that is written here."""
-    known = read_certificate(file) if file.exists() else None
-    if known is not None and known.sampled:
-        what, remedy = "the certificate speaks of a sample of the tensors alone", f"delete {file.name}"
-        raise JobError(Problem(what=what, file=str(file), remedy=remedy))
-    by: By = "value" if known is None else "bytes"  # what goes up with these files speaks of these files
-    seen = verify(source, by=by, certificate=known, workers=workers, progress=progress)
-    if not seen.good:
-        what, remedy = "the checkpoint is not what its certificate says", f"convert again, or delete {file.name}"
-        raise JobError(Problem(what=what, file=str(file), remedy=remedy))
-    if known is None:
-        write_certificate(file, seen)
-    return seen.checkpoints[0]

@@ -174,6 +174,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "fresh_scales": list(report.fresh_scales),
         "remarks": remarks_json(report.remarks),
         "left_out": left_out_json(report.left_out),
+        "certified": report.certified,
     }
 
 
@@ -188,6 +189,8 @@ def report_view(report: Report) -> Iterator[Any]:
         yield f"FP8 weights: {kept:,} with their source scales, {fresh:,} with fresh ones"
     yield from _remarks_view(report.remarks)
     yield from _left_out_view(report.left_out)
+    if report.certified is not None:
+        yield f"certified: sha256 {report.certified}"
 
 
 def _remarks_view(remarks: Sequence[Remark]) -> Iterator[Any]:

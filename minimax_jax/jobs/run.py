@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from minimax_jax.io.journal import Journal, has_records
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.io.writer import Writer
 from minimax_jax.jobs.card import add_side_files
+from minimax_jax.jobs.certifying import certify_unnamed
 from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.plan import Plan
 from minimax_jax.jobs.records import Check, Record, noted, quantised, require_true, work
@@ -35,12 +37,13 @@ class Report(Displayed):
         tensors: how many tensors it holds, the sidecar's apart.
         read_bytes: bytes of tensors read.
         written_bytes: bytes of files written, side files apart.
-        seconds: wall-clock time.
+        seconds: wall-clock time, but for that of the certificate.
         kept_scales: weights that were quantised with their source scales, byte for byte what they were.
         fresh_scales: names of weights that were quantised with scales by amax.
         read_tensors: how many tensors the source holds; 0 where there was none, but a model in memory.
         remarks: what else there is to know, of block scales that were not kept.
         left_out: tensors in the files of the source that are not the model's: they were not converted.
+        certified: one digest of all tensors, as in the certificate that lies there; None where none was asked for.
         kernels: which code the work went through on a CPU.
         tpu_kernels: which code grouped experts went through on a TPU, if there was one.
     """
@@ -55,6 +58,7 @@ class Report(Displayed):
     read_tensors: int = 0
     remarks: tuple[Remark, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    certified: str | None = None
     kernels: Backend = field(default_factory=backend)
     tpu_kernels: TpuKernels = field(default_factory=tpu_kernels)
 
@@ -71,6 +75,7 @@ def run(
     *,
     check: Check = "sample",
     restart: bool = False,
+    certify: bool = False,
     team: Team = SOLO,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
@@ -84,6 +89,7 @@ def run(
         destination: a folder that does not exist yet, or is empty.
         check: which units to read back from the disk before the destination takes its name.
         restart: throw away what an earlier run left, instead of going on with it.
+        certify: read all of it again at the end, and leave a certificate in it; for a process alone.
         team: the processes that share the work; all of them call this with the same arguments.
         progress: called on the calling thread after each unit.
 
@@ -96,28 +102,37 @@ def run(
     ticker = Ticker(plan.read_bytes, progress)
     mine = _stamp(plan)
     with team.standing_together(workshop_of(destination)):
-        with _folder(destination, team, restart=restart) as folder, ExitStack() as stack:
-            if team.leads:
-                noted(folder, mine)  # refuses the work of another job before anything is written
-                (folder.parent / FAILED).unlink(missing_ok=True)
-                add_side_files(plan.source, folder, form=plan.target.layout, dtype=plan.target.dtype)
-            team.wait()
-            found = noted(folder, mine)
-            if not team.leads:
-                team.wait()
-            writer = stack.enter_context(Writer(folder, plan.shards, beside=plan.sidecar, resume=True))
-            if team.leads:
-                team.wait()
-            with Journal(folder.parent, mine, process=team.index) as journal:
-                reader = stack.enter_context(plan.source.reader())
-                worker = Worker(plan, reader, writer, journal, found)
-                _work(worker, plan.units[team.index :: team.count], ticker, team)
-            reader.require_unchanged()
-            team.wait()
-            if team.leads:
-                _finish(worker, folder, mine, check)
+        with _folder(destination, team, restart=restart) as folder:
+            worker = _fill(plan, folder, mine, check, team, ticker)
+            seconds = ticker.seconds
+            certified = _certify(plan, folder, Path(destination), progress) if certify else None
         team.wait()
-    return _report(plan, Path(destination), ticker.seconds, worker.records)
+    return dataclasses.replace(_report(plan, Path(destination), seconds, worker.records), certified=certified)
+
+
+def _fill(plan: Plan, folder: Path, mine: Mapping[str, str], check: Check, team: Team, ticker: Ticker) -> Worker:
+    """Make all files of the destination; the worker that did what falls to this process."""
+    with ExitStack() as stack:
+        if team.leads:
+            noted(folder, mine)  # refuses the work of another job before anything is written
+            (folder.parent / FAILED).unlink(missing_ok=True)
+            add_side_files(plan.source, folder, form=plan.target.layout, dtype=plan.target.dtype)
+        team.wait()
+        found = noted(folder, mine)
+        if not team.leads:
+            team.wait()
+        writer = stack.enter_context(Writer(folder, plan.shards, beside=plan.sidecar, resume=True))
+        if team.leads:
+            team.wait()
+        with Journal(folder.parent, mine, process=team.index) as journal:
+            reader = stack.enter_context(plan.source.reader())
+            worker = Worker(plan, reader, writer, journal, found)
+            _work(worker, plan.units[team.index :: team.count], ticker, team)
+        reader.require_unchanged()
+        team.wait()
+        if team.leads:
+            _finish(worker, folder, mine, check)
+    return worker
 
 
 def _folder(destination: str | Path, team: Team, *, restart: bool) -> AbstractContextManager[Path]:
@@ -153,6 +168,11 @@ def _finish(worker: Worker, folder: Path, mine: Mapping[str, str], check: Check)
     require_true(worker, plan.units, check, folder)
     worker.writer.finish()
     write_json_atomic(folder / "config.json", plan.config.to_dict())
+
+
+def _certify(plan: Plan, folder: Path, destination: Path, progress: Callable[[Progress], None] | None) -> str:
+    unread = plan.source.config.extra
+    return certify_unnamed(folder, destination, ignore=unread, workers=plan.workers, progress=progress)
 
 
 def _stamp(plan: Plan) -> dict[str, str]:

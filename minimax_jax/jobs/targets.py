@@ -85,6 +85,36 @@ def require_known(
     )
 
 
+def why_uncertified(to: str, *, distributed: bool = False) -> str | None:
+    """Why a conversion leaves no certificate, in words; None where it can.
+
+    Args:
+        to: the target.
+        distributed: whether several processes share the work.
+    """
+    if not streamed.is_source(to):
+        return f"nothing here reads {to} again"
+    if distributed:
+        return "several processes write it: run `push` or `verify` when all of them have ended"
+    return None
+
+
+def require_certifiable(to: str, *, distributed: bool = False, asked: str = "certify") -> None:
+    """Refuse, before the long work, what reads the output again where this process cannot.
+
+    Args:
+        to: the target.
+        distributed: whether several processes share the work.
+        asked: the argument that asks for it.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    why = why_uncertified(to, distributed=distributed)
+    if why is not None:
+        raise RequestError(Problem(what=f"{argument(asked)} reads the output again", got=why, remedy="leave it out"))
+
+
 def no_place_for_fp8(layout: str) -> Problem:
     """The problem of FP8 weights for a layout that has no place for their scales."""
     what, remedy = f"{layout} has no place for FP8 weights", f"{argument('dtype', 'bf16')}, or f32"
