@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from minimax_jax.jobs.compare import Array, Comparison, Weight, bytes_of, compare, merge
@@ -15,6 +15,7 @@ from minimax_jax.jobs.source import Source, batches
 from minimax_jax.jobs.view import View
 from minimax_jax.layout.specs import Entry
 from minimax_jax.layout.table import SCALE_SUFFIX
+from minimax_jax.ops.workspace import Workspaces
 
 _PIECE_BYTES = 32 * 2**20
 """Most bytes of one checkpoint in one piece of work; with its copies and that of the other it takes five times that."""
@@ -56,10 +57,17 @@ def _most_bytes(sources: Sequence[Source], entry: Entry) -> int:
     return max(source.nbytes(entry) for source in sources)
 
 
-def look_at(views: Sequence[View], piece: tuple[Entry, int]) -> Look:
-    """Look at a piece through the view of each checkpoint."""
+def room_bytes(sources: Sequence[Source], todo: Iterable[tuple[Entry, int]]) -> int:
+    """What a thread's workspace holds as it looks at any of these pieces: block-scaled ones as read, and as seen."""
+    most = (sum(source.nbytes(entry) for source in sources) for entry, _ in todo if entry.row.scaled)
+    return 2 * max(most, default=0)
+
+
+def look_at(views: Sequence[View], rooms: Workspaces, piece: tuple[Entry, int]) -> Look:
+    """Look at a piece through the view of each checkpoint; in this thread's memory, of which nothing is given on."""
     entry, first = piece
-    look = _look_at_blocks(views, entry, first) if entry.row.scaled else _look_at_rows(views, entry)
+    with rooms.mine().holding():
+        look = _look_at_blocks(views, entry, first) if entry.row.scaled else _look_at_rows(views, entry)
     give_back(look.nbytes)
     return look
 

@@ -22,7 +22,7 @@ from minimax_jax.jobs.certified import Certificate, Certified
 from minimax_jax.jobs.compare import RELATIONS
 from minimax_jax.jobs.digests import config_digest, file_digests, left_out_digests, overall
 from minimax_jax.jobs.held import Held, hold
-from minimax_jax.jobs.look import Look, look_at, pieces
+from minimax_jax.jobs.look import Look, look_at, pieces, room_bytes
 from minimax_jax.jobs.numbers import merged
 from minimax_jax.jobs.sample import Sample, draw
 from minimax_jax.jobs.source import Source
@@ -30,6 +30,7 @@ from minimax_jax.jobs.verification import By, Digested, LayerSummary, Verificati
 from minimax_jax.jobs.view import View
 from minimax_jax.layout.specs import Entry
 from minimax_jax.layout.table import SCALE_SUFFIX
+from minimax_jax.ops.workspace import Workspaces
 from minimax_jax.progress import Progress, Ticker
 
 
@@ -111,10 +112,12 @@ def _look_at_all(
     ticker = Ticker(sum(source.nbytes(entry) for source in sources for entry in entries), progress)
     looks: list[Look] = []
     with contextlib.ExitStack() as stack:
+        todo = list(pieces(sources, entries))
+        rooms = Workspaces(room_bytes(sources, todo))
         views = [View(source, stack.enter_context(source.reader())) for source in sources]
         pool = stack.enter_context(ThreadPoolExecutor(workers, thread_name_prefix="verify"))
         stack.callback(pool.shutdown, cancel_futures=True)
-        for look in pool.map(functools.partial(look_at, views), pieces(sources, entries)):
+        for look in pool.map(functools.partial(look_at, views, rooms), todo):
             looks.append(look)
             ticker.tick(look.nbytes)
     return looks

@@ -13,6 +13,7 @@ from minimax_jax.jobs.source import Source
 from minimax_jax.layout.specs import Entry
 from minimax_jax.layout.table import SCALE_SUFFIX
 from minimax_jax.leaves import emit
+from minimax_jax.ops.workspace import empty
 
 
 class View:
@@ -23,11 +24,11 @@ class View:
         self.reader = reader
 
     def tensors(self, native: str, experts: slice) -> dict[str, Array]:
-        """The stored Hugging Face tensors of some experts of a block-scaled entry."""
+        """The Hugging Face tensors of some experts of a block-scaled entry; in the thread's workspace, if any."""
         entry = self.source.survey.specs.by_native[native].narrow(experts)
         if self.source.survey.layout == "hf":
             infos = self.source.checkpoint.tensors
-            return {spec.key: self.reader.read(infos[spec.key]) for spec in self.source.specs(entry)}
+            return {spec.key: self.reader.read(infos[spec.key], empty=empty) for spec in self.source.specs(entry)}
         leaf = read_leaf(self.source, self.reader, entry, experts.start)
         return {key: np.asarray(tensor) for key, tensor in emit(entry, leaf, None).items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -26,7 +25,7 @@ from minimax_jax.layout.table import SCALE_SUFFIX
 from minimax_jax.leaves import arranged, emit, group_scales, recast
 from minimax_jax.ops.host import backend
 from minimax_jax.ops.scaled import BlockScaled
-from minimax_jax.ops.workspace import Workspace, empty
+from minimax_jax.ops.workspace import Workspaces, empty
 
 HostArray: TypeAlias = npt.NDArray[Any]
 
@@ -43,8 +42,7 @@ class Worker:
         self.plan, self.reader, self.writer, self.journal = plan, reader, writer, journal
         self.records: dict[str, Record] = {}
         self._found = found
-        self._workspace_bytes = max((unit.memory_bytes for unit in plan.units), default=0)
-        self._threads = threading.local()
+        self._workspaces = Workspaces(max((unit.memory_bytes for unit in plan.units), default=0))
 
     def do(self, unit: Unit) -> None:
         """Do one unit, or find it done."""
@@ -53,7 +51,7 @@ class Worker:
         if record is not None and self.holds(unit, record):
             self.adopt(unit, record)
         else:
-            with self._workspace().holding():
+            with self._workspaces.mine().holding():
                 self.records[name] = self._make(unit, name)
             if backend() == "xla":
                 give_back(unit.memory_bytes)
@@ -73,13 +71,6 @@ class Worker:
         for out in self.plan.outputs(unit):
             self.writer.adopt(out.key, out.nbytes, out.offset_bytes)
         self.records[self.name(unit)] = record
-
-    def _workspace(self) -> Workspace:
-        """This thread's."""
-        if not hasattr(self._threads, "workspace"):
-            self._threads.workspace = Workspace(self._workspace_bytes)
-        mine: Workspace = self._threads.workspace
-        return mine
 
     def _make(self, unit: Unit, name: str) -> Record:
         kept: dict[str, bool] = {}

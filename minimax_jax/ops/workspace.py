@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -48,6 +49,22 @@ class Workspace:
         finally:
             _active.reset(token)
             self._used = 0
+
+
+class Workspaces:
+    """A workspace for each thread, made when it first asks for its own."""
+
+    def __init__(self, nbytes: int):
+        """Of `nbytes` each."""
+        self._nbytes = nbytes
+        self._threads = threading.local()
+
+    def mine(self) -> Workspace:
+        """This thread's."""
+        if not hasattr(self._threads, "workspace"):
+            self._threads.workspace = Workspace(self._nbytes)
+        mine: Workspace = self._threads.workspace
+        return mine
 
 
 def active() -> Workspace | None:
