@@ -18,17 +18,24 @@ plan = inputs.front.plan
 inputs.front.plan = lambda folder: 1 / 0 if (folder / "config.json").read_text() == "{{}}" else plan(folder)
 sys.exit(reliability.main(["--quick", "--only", "inputs"]))
 """
-WRONG_BYTES = """
+WRONG = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {benchmarks!r})
+from minimax_jax.io import points
 from trials import kills
+from trials.jobs import Job
+folder = Path({folder!r})
+(folder / ".again.partial").mkdir()
+(folder / ".again.partial" / ".journal.0").write_text("stamp\\nunit\\n")
 def run(out):
     out.mkdir(exist_ok=True)
-    (out / "model").write_bytes(b"half")
-job = kills.Job(name="x", run=run, expected={{"model": b"whole"}}, goes_on=True, seconds=1, moments={{}})
-wrong = kills._goes_on(job, Path({folder!r}) / "out")
-print(wrong, kills._outcome("x", [(1, wrong)], goes_on=True).good)
+    (out / "model").write_bytes(b"half" if out.name == "bytes" else b"whole")
+    points.reach(kills.PIECE_DONE)
+job = Job(name="x", run=run, expected={{"model": b"whole"}}, seconds=1, moments={{kills.PIECE_DONE: 1}})
+for name in ("bytes", "again", "right"):
+    wrong = kills._goes_on(job, folder / name)
+    print(wrong or "nothing", kills._outcome("x", [(1, wrong)]).good)
 """
 
 
@@ -47,7 +54,8 @@ def test_what_is_let_through_and_what_crashes_make_it_fail():
     assert "BAD     1 a crash: a crash: ZeroDivisionError" in ended.stderr
 
 
-def test_other_bytes_after_a_kill_would_be_seen(tmp_path):
-    script = WRONG_BYTES.format(benchmarks=str(BENCHMARKS), folder=str(tmp_path))
+def test_other_bytes_and_work_done_twice_after_a_kill_would_be_seen(tmp_path):
+    script = WRONG.format(benchmarks=str(BENCHMARKS), folder=str(tmp_path))
     ended = process(sys.executable, "-c", script)
-    assert ended.stdout.split() == ["other", "bytes", "False"], ended.stderr
+    told = ["other bytes False", "1 pieces done where 0 were left False", "nothing True"]
+    assert ended.stdout.splitlines() == told, ended.stderr

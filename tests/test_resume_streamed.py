@@ -1,5 +1,6 @@
 """Conversions to Orbax, MaxText and torch's DCP that are killed: they go on, redo little, and end in the same bytes."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,10 +15,12 @@ from minimax_jax.io import orbax_rows, points
 from minimax_jax.io.folder import workshop_of
 from minimax_jax.io.journal import journals
 from minimax_jax.jobs import orbax_plan
+from torch_bridge import chunks, dcp_items
 
 OPTIONS = {
     "orbax": {"to": "orbax", "dtype": "fp8", "workers": 2},
     "maxtext": {"to": "maxtext", "workers": 2},
+    "dcp": {"to": "dcp", "dtype": "fp8", "workers": 2},
 }
 NOTED_BY_ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt")
 """What Orbax writes of time and place."""
@@ -32,9 +35,11 @@ def source(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Several units and chunks in most tensors; some units share a chunk of block scales."""
+    """Several units, chunks and files; some units share a chunk of block scales, some lie in two files."""
     monkeypatch.setattr(orbax_plan, "_UNIT_BYTES", 1)
     monkeypatch.setattr(orbax_rows, "CHUNK_BYTES", 30_000)
+    monkeypatch.setattr(chunks, "_UNIT_BYTES", 40_000)
+    monkeypatch.setattr(dcp_items, "DEFAULT_SHARD_BYTES", 100_000)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,7 @@ def in_workshop(out, pattern):
 MOMENTS = {
     "orbax": {"before an array is laid out": 3},
     "maxtext": {"before an array is laid out": 3},
+    "dcp": {},
 }
 
 
@@ -98,7 +104,8 @@ def test_a_kill_at_every_named_moment_is_survived(source, whole, tmp_path, monke
     for moment, count in (MOMENTS[name] | of_all).items():
         stop(source, out, monkeypatch, name, count, moment)
         assert not out.exists()
-    for moment in ("before a JSON file takes its name", "before the rename"):
+    at_the_end = ("before the index",) if name == "dcp" else ()
+    for moment in (*at_the_end, "before a JSON file takes its name", "before the rename"):
         stop(source, out, monkeypatch, name, 1, moment)
         assert not out.exists()
     assert goes_on(source, out, monkeypatch, name, whole) == 0
@@ -158,7 +165,11 @@ def test_what_the_disk_lost_is_found_before_the_destination_appears(source, whol
     assert 0 < goes_on(source, out, monkeypatch, name, whole, check="all") < 10
 
 
-PIECES = {"orbax": "state/model.layers.0.mlp.experts.down_projs/0.*", "maxtext": "state/*embedding/0.*"}
+PIECES = {
+    "orbax": "state/model.layers.0.mlp.experts.down_projs/0.*",
+    "maxtext": "state/*embedding/0.*",
+    "dcp": "__0_1_0.distcp",
+}
 
 
 def flip(file):
@@ -179,6 +190,71 @@ def test_what_is_damaged_meanwhile_is_done_again(source, whole, tmp_path, monkey
     damage(in_workshop(out, PIECES[name])[0])
     made = goes_on(source, out, monkeypatch, name, whole)
     assert 0 < made < total // 2
+
+
+# ---- torch's DCP alone
+
+
+def noted(out):
+    (journal,) = journals(workshop_of(out))
+    return journal, journal.read_text().splitlines(keepends=True)
+
+
+def test_items_that_lie_elsewhere_than_their_turn_is_are_written_again(source, whole, tmp_path, monkeypatch):
+    """A record that is true of the bytes, but not of where they belong, is not believed."""
+    out, total = tmp_path / "out", whole["dcp"][1]
+    stop(source, out, monkeypatch, "dcp", total)
+    journal, lines = noted(out)
+    moved = json.loads(lines[5])
+    (file, offset, length), *rest = moved["items"]
+    content = in_workshop(out, file)[0].read_bytes()[offset : offset + length]
+    last = in_workshop(out, "*.distcp")[-1]
+    with in_workshop(out, file)[0].open("ab") as stream:
+        moved["items"] = [[file, stream.tell(), length], *rest]
+        stream.write(content)
+    journal.write_text("".join([*lines[:5], json.dumps(moved) + "\n", *lines[6:]]))
+    last.write_bytes(last.read_bytes() + b"more than belongs there")
+    assert goes_on(source, out, monkeypatch, "dcp", whole) == 1
+
+
+@pytest.mark.parametrize(
+    "items", [None, 7, [], [["../../x", 0, 1]], [["__0_0_0.distcp", -1, 8]], [["__0_0_0.distcp", 0, 2**60]], [[1]]]
+)
+def test_a_record_that_makes_no_sense_costs_its_unit(source, whole, tmp_path, monkeypatch, items):
+    out, total = tmp_path / "out", whole["dcp"][1]
+    stop(source, out, monkeypatch, "dcp", total)
+    journal, lines = noted(out)
+    journal.write_text("".join([lines[0], json.dumps(json.loads(lines[1]) | {"items": items}) + "\n", *lines[2:]]))
+    assert goes_on(source, out, monkeypatch, "dcp", whole) == 1
+
+
+def test_another_torch_and_other_units_are_another_job(source, tmp_path, monkeypatch):
+    stop(source, tmp_path / "out", monkeypatch, "dcp", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.__version__", "1.0")
+        with pytest.raises(JobError, match="its torch differs"):
+            convert(source, tmp_path / "out", "dcp")
+    monkeypatch.setattr(chunks, "_UNIT_BYTES", 50_000)
+    with pytest.raises(JobError, match="division into files differs"):
+        convert(source, tmp_path / "out", "dcp")
+
+
+def test_a_disk_that_fails_is_an_error_and_no_more(source, whole, tmp_path, monkeypatch):
+    """torch is in C++ when it writes."""
+    real, left = os.pwrite, [40]
+
+    def full(fd, data, offset):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(JobError, match="file cannot be written"):
+            convert(source, tmp_path / "out", "dcp")
+    assert not (tmp_path / "out").exists()
+    assert goes_on(source, tmp_path / "out", monkeypatch, "dcp", whole) < whole["dcp"][1]
 
 
 # ---- Orbax alone

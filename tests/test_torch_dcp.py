@@ -104,7 +104,7 @@ def test_nemos_model_loads_it(tmp_path):
 
 def test_small_units_and_many_files_give_the_same(sources, tmp_path, monkeypatch):
     monkeypatch.setattr("torch_bridge.chunks._UNIT_BYTES", 20_000)
-    monkeypatch.setattr("torch_bridge.dcp_writer.DEFAULT_SHARD_BYTES", 500_000)
+    monkeypatch.setattr("torch_bridge.dcp_items.DEFAULT_SHARD_BYTES", 500_000)
     dcp.write(open_source(sources / "hf"), tmp_path / "dcp", dtype="BF16", max_memory_bytes=2**30, workers=3)
     assert len(list((tmp_path / "dcp").glob("*.distcp"))) > 4
     assert differences(read(tmp_path / "dcp", sources / "bf16"), stored(sources / "bf16")) == []
@@ -121,19 +121,22 @@ def test_the_same_tensors_are_the_same_bytes_wherever_and_however_they_are_writt
         assert str(tmp_path).encode() not in one[".metadata"]
 
 
-def test_failures_leave_nothing_behind(odd, sources, tmp_path):
+def test_failures_leave_no_more_than_what_is_done(odd, sources, tmp_path):
     copy = shutil.copytree(sources / "hf", tmp_path / "copy")
     opened = open_source(copy)
     with (copy / "model.safetensors").open("r+b") as file:
         file.truncate(200_000)
     with pytest.raises(FormatError):
         dcp.write(opened, tmp_path / "dcp", dtype="BF16", **HOW)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]  # nothing was done
     nan = shutil.copytree(sources / "f32", tmp_path / "nan")
     folders.edit(nan, "model.layers.1.mlp.experts.down_projs", lambda tensor: tensor.fill_(float("nan")))
-    with pytest.raises(NumericError):
+    with pytest.raises(NumericError) as caught:
         dcp.write(open_source(nan), tmp_path / "dcp", dtype="F8_E4M3", **HOW)
+    assert ["the same command goes on" in note for note in caught.value.__notes__] == [True]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".dcp.partial", "copy", "nan"]
     with pytest.raises(KeyboardInterrupt):
-        dcp.write(open_source(sources / "hf"), tmp_path / "dcp", dtype="BF16", progress=_interrupt, **HOW)
+        dcp.write(open_source(sources / "hf"), tmp_path / "dcp", dtype="BF16", progress=_interrupt, restart=True, **HOW)
     with pytest.raises(JobError, match="budget too small"):
         dcp.write(open_source(sources / "hf"), tmp_path / "dcp", dtype="BF16", max_memory_bytes=2**20, workers=2)
     with pytest.raises(JobError, match="no workers"):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import collections
 import itertools
-import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -21,7 +20,7 @@ from minimax_jax.jobs.read import read_leaf, rows_of
 from minimax_jax.jobs.source import Source, batches
 from minimax_jax.layout.specs import Entry, TensorSpec
 from minimax_jax.layout.table import SCALE_SUFFIX
-from minimax_jax.leaves import Leaf, recast
+from minimax_jax.leaves import recast
 from minimax_jax.ops.scaled import BlockScaled
 from torch_bridge import memory
 from torch_bridge.arrays import to_torch
@@ -33,6 +32,8 @@ _COPIES_OF_INPUT, _COPIES_OF_OUTPUT = 2, 3
 """What a conversion holds at its peak: what it read and its device copy; its output and two temporaries like it."""
 
 _FP8 = "F8_E4M3"
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,18 @@ class Unit:
     as_it_is: bool
 
 
+class Made(NamedTuple):
+    """What comes of a unit.
+
+    Attributes:
+        tensors: new, one for each chunk.
+        kept: of weights that were quantised, by Hugging Face name, whether they kept their source scales.
+    """
+
+    tensors: list[torch.Tensor]
+    kept: Mapping[str, bool]
+
+
 def plan_units(source: Source, dtype: str, *, max_memory_bytes: int, workers: int) -> list[Unit]:
     """The units of a whole checkpoint, in its order, of which `workers` and one more are in memory at a time.
 
@@ -100,62 +113,55 @@ def plan_units(source: Source, dtype: str, *, max_memory_bytes: int, workers: in
 
 
 class Maker:
-    """Makes the tensors of units; safe to call from several threads.
-
-    Attributes:
-        kept: names of weights that were quantised with their source scales.
-        fresh: names of weights that were quantised with scales by amax.
-    """
+    """Makes the tensors of units; safe to call from several threads."""
 
     def __init__(self, source: Source, reader: Reader, dtype: str):
-        self.kept: list[str] = []
-        self.fresh: list[str] = []
         self._source, self._reader, self._dtype = source, reader, dtype
-        self._lock = threading.Lock()
 
-    def stream(self, units: Iterable[Unit], workers: int) -> Generator[tuple[Unit, list[torch.Tensor]], None, None]:
-        """The units with the tensors of their chunks, in order; `workers` of them are made ahead.
+    def make(self, unit: Unit) -> Made:
+        """The tensors of the chunks of a unit.
 
         Raises:
             FormatError: the source changed or ends too early while it is read.
             NumericError: NaN or infinity in weights to be quantised.
         """
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
-        ahead: collections.deque[tuple[Unit, Future[list[torch.Tensor]]]] = collections.deque()
-        left = iter(units)
-        try:
-            ahead.extend((unit, pool.submit(self.make, unit)) for unit in itertools.islice(left, workers))
-            while ahead:
-                unit, made = ahead.popleft()
-                yield unit, made.result()
-                del made
-                memory.return_freed()
-                ahead.extend((unit, pool.submit(self.make, unit)) for unit in itertools.islice(left, 1))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def make(self, unit: Unit) -> list[torch.Tensor]:
-        """The tensors of the chunks of a unit, new."""
         first = unit.chunks[0].first
         if unit.as_it_is:
             (spec,) = self._source.specs(unit.entry)
             rows = (first, first + unit.chunks[0].rows)
-            return [to_torch(self._reader.read(self._source.checkpoint.tensors[spec.key], *rows))]
+            return Made([to_torch(self._reader.read(self._source.checkpoint.tensors[spec.key], *rows))], {})
         keep = self._dtype == _FP8
+        kept: Mapping[str, bool] = {}
         leaf = read_leaf(self._source, self._reader, unit.entry, first, None if keep else DTYPES[self._dtype])
         if keep and not isinstance(leaf, BlockScaled):
-            leaf = self._quantize(unit, leaf)
+            leaf, kept = quantize_leaf(unit.entry, leaf, self._source_scales(unit))
         arrays = recast(unit.entry, leaf, DTYPES[self._dtype])
-        return [to_torch(arrays[chunk.whole.key]) for chunk in unit.chunks]
+        return Made([to_torch(arrays[chunk.whole.key]) for chunk in unit.chunks], kept)
 
-    def _quantize(self, unit: Unit, leaf: Any) -> Leaf:
+    def _source_scales(self, unit: Unit) -> Any:
         info = self._source.sidecar.get(unit.entry.native + SCALE_SUFFIX)
-        scales = None if info is None else self._reader.read(info, *rows_of(unit.entry, unit.chunks[0].first))
-        scaled, kept = quantize_leaf(unit.entry, leaf, scales)
-        with self._lock:
-            for key, held in kept.items():
-                (self.kept if held else self.fresh).append(key)
-        return scaled
+        return None if info is None else self._reader.read(info, *rows_of(unit.entry, unit.chunks[0].first))
+
+
+def in_order(make: Callable[[Unit], _T], units: Iterable[Unit], workers: int) -> Generator[tuple[Unit, _T], None, None]:
+    """The units with what is made of them, in order; `workers` of them are made ahead, on threads.
+
+    Raises:
+        Exception: as `make`.
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
+    ahead: collections.deque[tuple[Unit, Future[_T]]] = collections.deque()
+    left = iter(units)
+    try:
+        ahead.extend((unit, pool.submit(make, unit)) for unit in itertools.islice(left, workers))
+        while ahead:
+            unit, made = ahead.popleft()
+            yield unit, made.result()
+            del made
+            memory.return_freed()
+            ahead.extend((unit, pool.submit(make, unit)) for unit in itertools.islice(left, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _units(entry: Entry, source: Source, dtype: str, most_bytes: int) -> Iterator[Unit]:

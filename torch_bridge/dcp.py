@@ -9,24 +9,27 @@ import contextlib
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from minimax_jax.errors import CheckpointError, FormatError, JobError, LayoutError, Problem, raise_if
 from minimax_jax.io.files import io_errors
 from minimax_jax.io.folder import appearing
+from minimax_jax.io.journal import Journal, has_records
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.jobs.budget import peak_bytes, require_workers
 from minimax_jax.jobs.card import add_side_files
+from minimax_jax.jobs.records import Check, noted, quantised
 from minimax_jax.jobs.run import Report
 from minimax_jax.jobs.scales import scale_remarks
 from minimax_jax.jobs.source import Source, require_own_layout
+from minimax_jax.jobs.stamp import stamp
 from minimax_jax.jobs.streamed import StreamedPlan
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.nearby import did_you_mean
@@ -34,9 +37,10 @@ from minimax_jax.paths import path_of
 from minimax_jax.progress import Progress, Ticker
 from torch_bridge import ranks
 from torch_bridge.chunks import Maker, Unit, plan_units
+from torch_bridge.dcp_items import Items, Spot, chunks_by_file
 from torch_bridge.dcp_writer import Files, Nameless, Planner
 
-_CONFIG = "config.json"
+_CONFIG, _METADATA = "config.json", ".metadata"
 
 
 def save(tensors: Mapping[str, torch.Tensor], path: str | Path, config: MiniMaxConfig) -> None:
@@ -111,12 +115,15 @@ def write(
     dtype: str,
     max_memory_bytes: int,
     workers: int,
+    check: Check = "sample",
+    restart: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Convert an opened checkpoint to a folder of native tensors, a few experts at a time.
 
-    The folder appears whole, by rename, or not at all; it holds config.json and the side files too, and any number of
-    ranks read it, with any sharding.
+    The folder appears whole, by rename, or not at all. When it fails or is killed, what was done is kept beside it, and
+    the same job goes on from there, as `minimax_jax.convert` does for other targets; another version of torch is
+    another job. The folder holds config.json and the side files too, and any number of ranks read it, with any sharding.
 
     Args:
         source: what is read, in either layout.
@@ -125,10 +132,13 @@ def write(
             beside it by native scale name. Other tensors keep theirs.
         max_memory_bytes: peak memory.
         workers: conversions at a time.
+        check: which units to read back from the disk before the folder takes its name.
+        restart: throw away what an earlier run left, instead of going on with it.
         progress: called on the calling thread as each unit is handed over to be written.
 
     Raises:
-        JobError: the destination is taken, the budget or the disk too small, a write failed.
+        JobError: the destination is taken, the budget or the disk too small, a write failed; the unfinished work of
+            another job stands in the way; what was read back is not what was written.
         FormatError: the source changed or ends too early while it is read.
         NumericError: a weight to be quantised holds NaN or infinity.
     """
@@ -136,26 +146,35 @@ def write(
     require_own_layout(source)
     units = plan_units(source, dtype, max_memory_bytes=max_memory_bytes, workers=workers)
     ticker = Ticker(sum(unit.read_bytes for unit in units), progress)
-    with appearing(destination) as folder:
+    mine = _stamp(source, units, dtype)
+    with appearing(destination, worth=has_records, restart=restart) as folder:
+        found = noted(folder, mine)
         _require_disk(folder, _written_bytes(units))
-        with source.reader() as reader, contextlib.ExitStack() as stack:
-            maker = Maker(source, reader, dtype)
-            made = stack.enter_context(contextlib.closing(maker.stream(units, workers)))
-            planner = Planner(units, made, ticker)
+        (folder / _METADATA).unlink(missing_ok=True)
+        with source.reader() as reader, Journal(folder.parent, mine) as journal:
+            items = Items(folder, units, journal, found)
+
+            def written() -> list[Spot]:
+                spots = items.write(Maker(source, reader, dtype), workers, ticker, check)
+                reader.require_unchanged()
+                return spots
+
             with _quiet(), _own_errors(JobError, "checkpoint cannot be written", folder):
-                state_dict_saver.save({}, storage_writer=Files(folder), planner=planner, no_dist=True)
-        written_bytes = sum(file.stat().st_size for file in folder.iterdir())
-        _add_side_files(source, folder, dtype)
+                state_dict_saver.save({}, storage_writer=Files(folder, written), planner=Planner(units), no_dist=True)
+        written_bytes = sum(file.stat().st_size for file in (folder / _METADATA, *folder.glob(f"*{DEFAULT_SUFFIX}")))
+        add_side_files(source, folder, form="dcp", dtype=dtype)
+        write_json_atomic(folder / _CONFIG, _config(source, dtype).to_dict())
+    kept, fresh = quantised(items.records)
     return Report(
         destination=Path(destination),
         tensors=_tensors(units),
         read_bytes=sum(unit.read_bytes for unit in units),
         written_bytes=written_bytes,
         seconds=ticker.seconds,
-        kept_scales=len(maker.kept),
-        fresh_scales=tuple(sorted(maker.fresh)),
+        kept_scales=kept,
+        fresh_scales=fresh,
         read_tensors=len(source.checkpoint.tensors),
-        remarks=tuple(scale_remarks(source, dtype, beside=False, all_fresh=bool(maker.fresh) and not maker.kept)),
+        remarks=tuple(scale_remarks(source, dtype, beside=False, all_fresh=bool(fresh) and not kept)),
         left_out=source.left_out,
     )
 
@@ -186,16 +205,23 @@ def _misfits(tensors: Mapping[str, torch.Tensor], metadata: Metadata, path: Path
 def _require_disk(folder: Path, needed_bytes: int) -> None:
     with io_errors(JobError, "free disk cannot be told", folder):
         free_bytes = shutil.disk_usage(folder).free
+        needed_bytes -= sum(file.stat().st_size for file in folder.iterdir())  # what an earlier run left
     if free_bytes < needed_bytes:
         expected, got = f"{needed_bytes:,} bytes", f"{free_bytes:,} bytes free"
         what, remedy = "not enough disk", "free some space, or choose a destination on another disk"
         raise JobError(Problem(what=what, file=str(folder), expected=expected, got=got, remedy=remedy))
 
 
-def _add_side_files(source: Source, folder: Path, dtype: str) -> None:
-    add_side_files(source, folder, form="dcp", dtype=dtype)
-    block = source.config.block if dtype == "F8_E4M3" else None
-    write_json_atomic(folder / _CONFIG, source.config.replace(weight_block_size=block).to_dict())
+def _config(source: Source, dtype: str) -> MiniMaxConfig:
+    """The config of what is written."""
+    return source.config.replace(weight_block_size=source.config.block if dtype == "F8_E4M3" else None)
+
+
+def _stamp(source: Source, units: Sequence[Unit], dtype: str) -> dict[str, str]:
+    """Which job it is: one is torch's as well, which makes bytes of tensors."""
+    files = "\n".join(map(str, chunks_by_file(units))).encode()
+    of_all = stamp(source, target=f"dcp {dtype}", config=_config(source, dtype), division={"files": files})
+    return of_all | {"torch": torch.__version__}
 
 
 @contextlib.contextmanager

@@ -1,17 +1,18 @@
-"""How torch is had to write a checkpoint of tensors that are made one after the other, while it writes them."""
+"""How torch is had to save what `dcp_items` writes: it plans, and writes the table of contents."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     StorageMeta,
     TensorProperties,
@@ -20,20 +21,18 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from minimax_jax.errors import JobError, Problem
-from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
-from minimax_jax.progress import Ticker
+from minimax_jax.io import points
 from torch_bridge.arrays import TORCH
 from torch_bridge.chunks import Chunk, Unit
+from torch_bridge.dcp_items import Spot
 
 
 class Planner(DefaultSavePlanner):
-    """Plans what units will give, and takes it from them when it is to be written, in the same order."""
+    """Plans what units will give: one item for each chunk, in the same order."""
 
-    def __init__(self, units: list[Unit], made: Iterator[tuple[Unit, list[torch.Tensor]]], ticker: Ticker):
+    def __init__(self, units: Sequence[Unit]):
         super().__init__()
         self._units = units
-        self._tensors = _one_by_one(made, ticker)
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
@@ -49,13 +48,6 @@ class Planner(DefaultSavePlanner):
         """The plan is kept as it is."""
         return new_plan
 
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        """The next tensor, which is that of `write_item`."""
-        chunk, tensor = next(self._tensors)
-        if _item(chunk).index != write_item.index:
-            raise JobError(Problem(what="torch asks for tensors in another order than planned", key=chunk.whole.key))
-        return tensor
-
 
 class Nameless(FileSystemWriter):
     """A writer of files that say neither where they were written nor when: the same tensors are the same bytes."""
@@ -66,29 +58,25 @@ class Nameless(FileSystemWriter):
 
 
 class Files(Nameless):
-    """A writer of files of bounded size, which writes them in the order of the plan, on the calling thread."""
+    """A writer that has the items of a `Planner` written by somebody else, and says where they lie."""
 
-    def __init__(self, folder: Path):
-        super().__init__(folder, thread_count=1, per_thread_copy_ahead=0)
+    def __init__(self, folder: Path, write: Callable[[], Sequence[Spot]]):
+        """Ready; `write` writes all items, and is called once."""
+        super().__init__(folder)
+        self._write = write
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write some items after the other to files of their own."""
-        results: list[WriteResult] = []
-        for number, items in enumerate(_by_file(plan.items)):
-            prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
-            written = super().write_data(dataclasses.replace(plan, items=items, storage_data=prefix), planner)
-            results += written.value()
+        """Have the items written."""
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
+        spots = (spot._replace(file=sys.intern(spot.file)) for spot in self._write())  # pickle tells equal from same
+        pairs = zip(plan.items, spots, strict=True)
+        future.set_result([WriteResult(item.index, spot.length, _StorageInfo(*spot)) for item, spot in pairs])
         return future
 
-
-def _one_by_one(
-    made: Iterator[tuple[Unit, list[torch.Tensor]]], ticker: Ticker
-) -> Iterator[tuple[Chunk, torch.Tensor]]:
-    for unit, tensors in made:
-        ticker.tick(unit.read_bytes)
-        yield from zip(unit.chunks, tensors, strict=True)
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the table of contents, which comes last."""
+        points.reach("before the index")
+        super().finish(metadata, results)
 
 
 def _item(chunk: Chunk) -> WriteItem:
@@ -99,16 +87,3 @@ def _item(chunk: Chunk) -> WriteItem:
         size=torch.Size(chunk.whole.shape),
     )
     return WriteItem(index=MetadataIndex(chunk.whole.key, offsets), type=WriteItemType.SHARD, tensor_data=data)
-
-
-def _by_file(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
-    group, filled = list[WriteItem](), 0
-    for item in items:
-        data = cast(TensorWriteData, item.tensor_data)
-        nbytes = data.chunk.sizes.numel() * data.properties.dtype.itemsize
-        if group and filled + nbytes > DEFAULT_SHARD_BYTES:
-            yield group
-            group, filled = [], 0
-        group.append(item)
-        filled += nbytes
-    yield group

@@ -12,7 +12,6 @@ from typing import Any
 from minimax_jax import synthetic
 from minimax_jax.io import points
 from minimax_jax.jobs import front
-from minimax_jax.jobs.streamed import goes_on, load_target, streamed_targets
 from trials.outcome import Child, files, in_child
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -35,7 +34,6 @@ class Job:
     """A conversion with the bytes that it has to give.
 
     Attributes:
-        goes_on: whether it goes on where it was stopped; else it begins anew.
         seconds: how long it takes undisturbed, from the call to the end of the process.
         moments: how often each named moment is reached.
     """
@@ -43,7 +41,6 @@ class Job:
     name: str
     run: Callable[[Path], None]
     expected: dict[str, bytes]
-    goes_on: bool
     seconds: float
     moments: dict[str, int]
 
@@ -65,10 +62,10 @@ def _synthesize(folder: Path) -> None:
 
 
 def _job(name: str, folder: Path, options: dict[str, Any]) -> Job:
-    run, to = partial(convert, folder / "hf", options), options["to"]
+    run = partial(convert, folder / "hf", options)
     expected = folder / f"undisturbed {name}"
     in_child(partial(run, expected))  # what is compiled for the first time is found in the cache later
-    moments = in_child(partial(_counted, run, folder / f"counted {name}"))
+    moments = in_child(partial(counted, run, folder / f"counted {name}"))
     child = Child(partial(run, folder / f"timed {name}"))
     child.begun()
     began = time.monotonic()
@@ -77,13 +74,13 @@ def _job(name: str, folder: Path, options: dict[str, Any]) -> Job:
         name=name,
         run=run,
         expected=files(expected),
-        goes_on=to not in streamed_targets() or goes_on(load_target(to)),
         seconds=time.monotonic() - began,
         moments=moments,
     )
 
 
-def _counted(run: Callable[[Path], None], out: Path) -> dict[str, int]:
+def counted(run: Callable[[Path], None], out: Path) -> dict[str, int]:
+    """Run; how often each named moment was reached."""
     counts: dict[str, int] = {}
 
     def count(name: str) -> None:

@@ -13,25 +13,28 @@ from functools import partial
 from pathlib import Path
 
 from minimax_jax.io import points
-from trials.jobs import Job
+from minimax_jax.io.folder import workshop_of
+from minimax_jax.io.journal import PREFIX
+from trials.jobs import Job, counted
 from trials.outcome import Child, Outcome, files, named
 
-STAYS = {True: "went on; byte for byte the undisturbed output", False: "began anew; the undisturbed output"}
-"""What has to come of it where a job goes on, and where it begins anew: the bytes are the same in both."""
+STAYS = "went on, no noted piece done again; byte for byte the undisturbed output"
+"""What has to come of it."""
+
+PIECE_DONE = "before the journal"
+"""The moment that each piece of work comes by when it is done rather than found done."""
 
 
 def at_moments(work: list[Job], folder: Path, *, each: int) -> Iterator[Outcome]:
     """Kill every job at `each` occurrences of each named moment: the first, the last, and some between."""
-    for goes_on, moment in itertools.product(STAYS, dict.fromkeys(itertools.chain(*(job.moments for job in work)))):
-        killed = [job for job in work if job.goes_on == goes_on and moment in job.moments]
+    for moment in dict.fromkeys(itertools.chain(*(job.moments for job in work))):
         results = [
             _survives(job, folder / "out", partial(_die_at, job.run, moment, number))
-            for job in killed
+            for job in work
+            if moment in job.moments
             for number in _spread(job.moments[moment], each)
         ]
-        if killed:
-            names = "" if goes_on else ", " + ", ".join(job.name for job in killed)
-            yield _outcome(f"SIGKILL {moment}{names}", results, goes_on=goes_on)
+        yield _outcome(f"SIGKILL {moment}", results)
 
 
 def at_random(work: list[Job], folder: Path, *, count: int, seed: int) -> Iterator[Outcome]:
@@ -47,7 +50,7 @@ def at_random(work: list[Job], folder: Path, *, count: int, seed: int) -> Iterat
         if sum(killed) >= count and (all(killed) or sum(map(len, results.values())) > 10 * count):
             break
     for job in work:
-        yield _outcome(f"SIGKILL at a random time, {job.name}", results[job.name], goes_on=job.goes_on)
+        yield _outcome(f"SIGKILL at a random time, {job.name}", results[job.name])
 
 
 def _spread(total: int, each: int) -> list[int]:
@@ -95,23 +98,33 @@ def _survives_random(job: Job, out: Path, chance: random.Random) -> tuple[int, s
 def _goes_on(job: Job, out: Path) -> str:
     """Run the job to its end after a kill and take it away; what was wrong, if anything."""
     try:
+        noted = 0 if out.exists() else _noted(out)
         if out.exists():  # killed behind the rename
             wrong = "" if files(out) == job.expected else "a destination that looks whole and is not"
             shutil.rmtree(out)
             if wrong:
                 return wrong
-        status, told = Child(partial(job.run, out)).ended()
+        left = job.moments.get(PIECE_DONE, 0) - noted
+        status, told = Child(partial(counted, job.run, out)).ended()
         if status:
             return named(told)
         if files(out) != job.expected:
             return "other bytes"
+        if told.get(PIECE_DONE, 0) > left:
+            return f"{told[PIECE_DONE]} pieces done where {left} were left"
         return "" if [path for path in out.parent.iterdir() if "partial" in path.name] == [] else "something was left"
     finally:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name(f".{out.name}.partial"), ignore_errors=True)
 
 
-def _outcome(what: str, results: list[tuple[int, str]], *, goes_on: bool) -> Outcome:
+def _noted(out: Path) -> int:
+    """How many pieces of work the journal beside a destination names: whole lines but for the stamp."""
+    journal = workshop_of(out) / f"{PREFIX}.0"
+    return max(journal.read_bytes().count(b"\n") - 1, 0) if journal.exists() else 0
+
+
+def _outcome(what: str, results: list[tuple[int, str]]) -> Outcome:
     count, wrong = sum(kills for kills, _ in results), [text for _, text in results if text]
-    gave = STAYS[goes_on] if not wrong else f"{len(wrong)} wrong: {wrong[0]}"
+    gave = STAYS if not wrong else f"{len(wrong)} wrong: {wrong[0]}"
     return Outcome(what=what, count=count, gave=gave, good=not wrong and count > 0)

@@ -106,10 +106,15 @@ def read_journals(folder: Path, stamp: Mapping[str, Any]) -> Iterator[dict[str, 
 
 def digest(pieces: Iterable[Buffer]) -> str:
     """The XXH3 digest of pieces of data one after another: 128 bits, hexadecimal. It finds damage, not intent."""
-    state = xxhash.xxh3_128()
+    state = new_digest()
     for piece in pieces:
         state.update(as_bytes(piece))
     return state.hexdigest()
+
+
+def new_digest() -> xxhash.xxh3_128:
+    """What `digest` computes with, for data that comes piece by piece."""
+    return xxhash.xxh3_128()
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

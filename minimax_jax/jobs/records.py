@@ -55,6 +55,21 @@ class Held(Protocol[NamedT]):
         """Whether the output holds what a record says; it is read for it."""
 
 
+class Saver:
+    """Makes work survive a power cut, from time to time."""
+
+    def __init__(self, sync: Callable[[], object]):
+        """Ready; `sync` makes all that is done so far survive: first the data, then the journal."""
+        self._sync, self._unsaved_bytes = sync, 0
+
+    def did(self, nbytes: int) -> None:
+        """Work is done on so many bytes of input."""
+        self._unsaved_bytes += nbytes
+        if self._unsaved_bytes >= _SYNC_BYTES:
+            self._unsaved_bytes = 0
+            self._sync()
+
+
 def record_of(name: str, digest: str, kept: Mapping[str, bool]) -> Record:
     """The record of a unit, `kept` being the weights that it quantised: whether they kept their source scales."""
     fresh = [key for key, same in kept.items() if not same]
@@ -93,7 +108,7 @@ def work(
         after: called on the calling thread after each unit.
         sync: makes what is done survive a power cut; called there too, from time to time.
     """
-    unsaved_bytes = 0
+    saver = Saver(sync)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(workers, thread_name_prefix="convert"))
         stack.callback(pool.shutdown, cancel_futures=True)
@@ -101,10 +116,7 @@ def work(
         for future in as_completed(futures):
             future.result()
             after(futures[future])
-            unsaved_bytes += futures[future].read_bytes
-            if unsaved_bytes >= _SYNC_BYTES:
-                unsaved_bytes = 0
-                sync()
+            saver.did(futures[future].read_bytes)
 
 
 def require_true(worker: Held[NamedT], units: Sequence[NamedT], check: Check, folder: Path) -> None:
