@@ -122,8 +122,10 @@ def write(
     """Convert an opened checkpoint to a folder of native tensors, a few experts at a time.
 
     The folder appears whole, by rename, or not at all. When it fails or is killed, what was done is kept beside it, and
-    the same job goes on from there, as `minimax_jax.convert` does for other targets; another version of torch is
-    another job. The folder holds config.json and the side files too, and any number of ranks read it, with any sharding.
+    the same job goes on from there, as `minimax_jax.convert` does for other targets. Another version of torch is
+    another job.
+
+    It holds config.json and the side files too, and any number of ranks read it, with any sharding.
 
     Args:
         source: what is read, in either layout.
