@@ -40,6 +40,16 @@ def pytest_collection():
         gc.freeze()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Nor does any look at what a module of tests leaves behind, such as compiled programs: that is searched once."""
+    result = yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+    return result
+
+
 @pytest.fixture(autouse=True)
 def no_network_is_used():
     """Fails a test that tried to leave this machine, or that started a process that did."""
