@@ -1,5 +1,10 @@
-"""Every Python that a test starts forbids connections out of this machine; see `no_network`."""
+"""Every Python that a test starts forbids connections out of this machine (see `no_network`).
 
+It also searches for garbage less often: it ends soon, and most of what it makes are modules, which stay. A seventh of
+the time of a command that imports JAX goes into that.
+"""
+
+import gc
 import sys
 from pathlib import Path
 
@@ -10,3 +15,4 @@ finally:
     sys.path.pop()
 
 forbid()
+gc.set_threshold(50_000)
