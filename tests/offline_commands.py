@@ -62,9 +62,10 @@ def reaching_out(folder):
             return
 
 
+# On the checkpoint and the prompt of README.md: its programs are compiled for both at once.
 STEPS = {
     "import": importing,
-    "synth": command("synth", "@hf", "--layers", "1", "--experts", "2"),
+    "synth": command("synth", "@hf", "--experts", "8"),
     "inspect": command("inspect", "@hf", "--json"),
     "convert": command("convert", "@hf", "@native"),
     "to orbax": command("convert", "@hf", "@orbax", "--to", "orbax"),
@@ -73,7 +74,7 @@ STEPS = {
     "certificate": command("verify", "@native", "--certificate", "@native/certificate.json"),
     "diff": command("diff", "@hf", "@native"),
     "report": command("report", "@hf", "-o", "@report.html"),
-    "generate": command("generate", "@native", "--prompt-ids", "1,2", "--max-new-tokens", "2"),
+    "generate": command("generate", "@native", "--prompt-ids", "1,2,3"),
 }
 BITE = {"reaching out": reaching_out}
 

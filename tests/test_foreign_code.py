@@ -21,10 +21,13 @@ AUTO_MAP = {
 
 CALLS = """
 import sys
+source, out, tests, cache = sys.argv[1:]
+sys.path.append(tests)
+import compiled
 import minimax_jax as mj
 from minimax_jax.models.smoke import smoke_test
 
-source, out = sys.argv[1:]
+compiled.keep(cache)
 mj.MiniMaxConfig.from_pretrained(source)
 mj.inspect(source), mj.plan(source), mj.read_tree(source), mj.load(source), mj.load_model(source)
 for to, dtype in (("native", "bf16"), ("hf", "fp8"), ("transformers-v5", "bf16")):
@@ -38,7 +41,7 @@ smoke_test(f"{out}/native", prompts=[[1, 2]], max_new_tokens=1, temperature=0.0,
 def hostile(tmp_path):
     """A checkpoint that names code of its own, and brings it: whatever imports it leaves a file behind."""
     folder = tmp_path / "hf"
-    synthetic.synthesize(folder, synthetic.config(layers=1, experts=8))
+    synthetic.synthesize(folder, synthetic.config(experts=8))
     folders.edit_json(folder / "config.json", auto_map=AUTO_MAP)
     tokenizer = {"auto_map": AUTO_MAP, "tokenizer_class": "Tokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
@@ -63,8 +66,9 @@ def test_transformers_would_run_it_when_it_is_trusted(hostile, tmp_path, monkeyp
     assert (tmp_path / MARKER).exists()
 
 
-def test_no_call_runs_it(hostile, tmp_path):
-    done = process(sys.executable, "-c", CALLS, hostile, tmp_path / "out", cwd=hostile)
+def test_no_call_runs_it(hostile, tmp_path, pytestconfig):
+    places = hostile, tmp_path / "out", Path(__file__).parent, pytestconfig.cache.mkdir("xla")
+    done = process(sys.executable, "-c", CALLS, *places, cwd=hostile)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / MARKER).exists()
 

@@ -10,7 +10,9 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import compiled
 import fsspec
+import jax
 import pytest
 from command_line import process
 from huggingface_hub import constants
@@ -34,6 +36,7 @@ def offline(*arguments):
     own = namespace()
     places = [place for place in os.environ["PYTHONPATH"].split(os.pathsep) if place != str(PATH)]  # no guard there
     environment = os.environ | {"ALONE": str(int(bool(own))), "PYTHONPATH": os.pathsep.join(places), "XLA_FLAGS": ""}
+    environment |= compiled.environment(jax.config.jax_compilation_cache_dir)
     command = [*own, sys.executable, OFFLINE, *arguments]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
