@@ -29,7 +29,7 @@ NOTED_BY_ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt")
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "hf"
-    synthetic.synthesize(folder, synthetic.config(layers=2, experts=6), shard_bytes=50_000)
+    synthetic.synthesize(folder, synthetic.config(layers=1, experts=6), shard_bytes=50_000)
     return folder
 
 
@@ -137,7 +137,7 @@ def test_other_options_and_targets_are_refused_and_can_be_thrown_away(source, wh
     assert goes_on(source, out, monkeypatch, name, whole, restart=True) == whole[name][1]
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", ["orbax", "dcp"])
 def test_a_source_that_has_changed_is_refused(source, tmp_path, monkeypatch, name):
     shutil.copytree(source, tmp_path / "hf")
     stop(tmp_path / "hf", tmp_path / "out", monkeypatch, name, 20)
@@ -183,7 +183,7 @@ def truncate(file):
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, lambda file: file.unlink()])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", ["orbax", "dcp"])
 def test_what_is_damaged_meanwhile_is_done_again(source, whole, tmp_path, monkeypatch, name, damage):
     out, total = tmp_path / "out", whole[name][1]
     stop(source, out, monkeypatch, name, total)
@@ -263,15 +263,13 @@ def test_a_disk_that_fails_is_an_error_and_no_more(source, whole, tmp_path, monk
 def test_chunks_that_several_units_share_are_mended(source, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     stop(source, out, monkeypatch, "orbax", whole["orbax"][1])
-    chunks = in_workshop(out, "state/model.layers.?.mlp.experts.down_projs_scale_inv/0.*")
-    for chunk in chunks:
-        truncate(chunk)
-        chunk.with_name(chunk.name + ".__lock").write_bytes(b"half")
-    assert len(chunks) == 2
-    assert goes_on(source, out, monkeypatch, "orbax", whole) == 2 * 6  # each expert of both layers
+    (chunk,) = in_workshop(out, "state/model.layers.0.mlp.experts.down_projs_scale_inv/0.*")
+    truncate(chunk)
+    chunk.with_name(chunk.name + ".__lock").write_bytes(b"half")
+    assert goes_on(source, out, monkeypatch, "orbax", whole) == 6  # experts
 
 
-@pytest.mark.parametrize("file", ["state/_METADATA", "state/lm_head.weight/.zarray", "_CHECKPOINT_METADATA"])
+@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "state/lm_head.weight/.zarray"])
 def test_a_layout_that_is_damaged_is_made_anew(source, whole, tmp_path, monkeypatch, file):
     out, total = tmp_path / "out", whole["orbax"][1]
     stop(source, out, monkeypatch, "orbax", total // 2)
@@ -281,17 +279,17 @@ def test_a_layout_that_is_damaged_is_made_anew(source, whole, tmp_path, monkeypa
     assert total - 7 < goes_on(source, out, monkeypatch, "orbax", whole) <= total - 5
 
 
-def test_what_orbax_notes_is_the_same_but_for_time_and_place(source, whole, tmp_path, monkeypatch):
-    stop(source, tmp_path / "out", monkeypatch, "orbax", 20)
-    convert(source, tmp_path / "out", "orbax")
-    convert(source, tmp_path / "other", "orbax")
+def test_what_orbax_notes_is_the_same_but_for_time_and_place(source, tmp_path, monkeypatch):
+    stop(source, tmp_path / "out", monkeypatch, "orbax", 5)
+    for name in ("out", "other"):
+        convert(source, tmp_path / name, "orbax", check="none")
     one, other = (json.loads((tmp_path / name / NOTED_BY_ORBAX[0]).read_text()) for name in ("out", "other"))
     assert {key for key in one if one[key] != other[key]} == {"init_timestamp_nsecs", "commit_timestamp_nsecs"}
     assert one.keys() == other.keys()
 
 
-@pytest.mark.parametrize("options", [{"workers": 3}, {"max_memory_bytes": 300 * 2**20}])
-def test_threads_and_memory_may_change(source, whole, tmp_path, monkeypatch, options):
+def test_threads_and_memory_may_change(source, whole, tmp_path, monkeypatch):
+    options = {"workers": 3, "max_memory_bytes": 300 * 2**20}
     stop(source, tmp_path / "out", monkeypatch, "orbax", 20)
     assert goes_on(source, tmp_path / "out", monkeypatch, "orbax", whole, **options) <= whole["orbax"][1] - 20
 
