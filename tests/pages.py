@@ -56,7 +56,7 @@ class Shell:
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         environment |= {
             "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "JAX_PLATFORMS": "cpu",
             **compiled.environment(self.cache),
         }
