@@ -1,4 +1,4 @@
-"""Running commands of minimax-jax, in this process or in one of their own, and what they are run on."""
+"""Running commands of minimax-jax, in this process or in one of their own."""
 
 import json
 import os
@@ -6,19 +6,7 @@ import subprocess
 
 from click.testing import CliRunner
 
-import minimax_jax as mj
-from minimax_jax import synthetic
 from minimax_jax.cli import cli
-
-CONFIG = synthetic.config(layers=1, experts=3)
-EMBED = "model.embed_tokens.weight"
-
-
-def make(root):
-    """A checkpoint in several files, and one converted from it."""
-    synthetic.synthesize(root / "hf", CONFIG, shard_bytes=60_000)
-    mj.convert(root / "hf", root / "native")
-    return root
 
 
 def run(*arguments, code=0):

@@ -143,11 +143,9 @@ def certified_copy(certified, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """What commands are run on: a checkpoint in two layouts. Modules that want others have a fixture of this name."""
-    from command_line import make
-
-    return make(tmp_path_factory.mktemp("made"))
+def made(served):
+    """What commands are run on. Modules that want other checkpoints have a fixture of this name."""
+    return served
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,12 @@ from minimax_jax.io.checkpoint import open_checkpoint
 from minimax_jax.io.location import locate
 from minimax_jax.io.reader import Reader
 
+CONFIG = synthetic.config(layers=1, experts=3)
+
 
 def make(root):
     """A checkpoint in several files, one converted from it with a sidecar, and that as one file."""
-    synthetic.synthesize(root / "hf", synthetic.config(layers=1, experts=3), shard_bytes=60_000)
+    synthetic.synthesize(root / "hf", CONFIG, shard_bytes=60_000)
     mj.convert(root / "hf", root / "native")
     return root
 

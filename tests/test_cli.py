@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 import folders
 import pytest
-from command_line import CONFIG, EMBED, process, run, run_json
+from command_line import process, run, run_json
+from remote_cases import CONFIG
 
 import minimax_jax as mj
 from minimax_jax import synthetic
@@ -19,6 +20,9 @@ from minimax_jax.cli import cli
 from minimax_jax.cli.options import Size
 from minimax_jax.errors import argument
 from minimax_jax.jobs import front
+
+EMBED = "model.embed_tokens.weight"
+
 
 # --- each command ----------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import folders
 import pytest
-from command_line import EMBED, process, run, run_json
+from command_line import process, run, run_json
 
 from minimax_jax.cli import cli
+
+EMBED = "model.embed_tokens.weight"
+
 
 # --- progress --------------------------------------------------------------------------------------------------------
 

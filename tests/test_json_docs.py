@@ -84,6 +84,7 @@ def made(tmp_path_factory):
     arrays = folders.arrays(root / "a")
     more = {"model.vision.weight": np.zeros(3, np.float32)}
     folders.write(root / "more", arrays | more, config)
+    (root / "more" / "figures").mkdir()
     arrays["model.norm.weight"] = arrays["model.norm.weight"] * np.float32(np.nan).astype(
         arrays["lm_head.weight"].dtype
     )

@@ -133,6 +133,16 @@ def test_the_config_alone(served_hf, server):
             mj.MiniMaxConfig.from_pretrained(name)
 
 
+def test_folders_that_are_not_taken_along_are_told(served_hf, at, tmp_path):
+    shutil.copytree(served_hf, tmp_path / "repository")
+    for name in ("figures", ".hidden"):
+        (tmp_path / "repository" / name).mkdir()
+        (tmp_path / "repository" / name / "a.png").touch()
+    with serving(tmp_path / "repository", HubHandler) as running:
+        at(running)
+        assert [(each.name, each.what) for each in mj.inspect(REPOSITORY).left_behind] == [("figures", "a folder")]
+
+
 def test_a_sub_folder_or_a_file_of_a_repository(served_hf, at, tmp_path):
     shutil.copytree(served_hf, tmp_path / "repository" / "part")
     with serving(tmp_path / "repository", HubHandler) as running:

@@ -14,7 +14,8 @@ from raw_safetensors import write_file
 import minimax_jax as mj
 from minimax_jax.errors import ConfigError, FormatError
 from minimax_jax.io import remote
-from minimax_jax.io.checkpoint import open_checkpoint, side_files
+from minimax_jax.io.beside import side_files
+from minimax_jax.io.checkpoint import open_checkpoint
 from minimax_jax.io.location import locate
 from minimax_jax.io.reader import Reader
 
@@ -88,6 +89,7 @@ def test_a_folder_is_listed(served_hf, s3):
     s3.put_object(Bucket="models", Key="m2/hf/odd name?#%20.txt", Body=b"x")
     found = {file.name for file in side_files(locate(url))}
     assert found == {file.name for file in side_files(served_hf)} | {"odd name?#%20.txt"}
+    assert [(each.name, each.what) for each in mj.inspect(url).left_behind] == [("figures", "a folder")]
 
 
 def test_headers_take_two_requests_a_file(served_hf, s3, calls):

@@ -12,7 +12,7 @@ from servers import Faults, serving
 
 import minimax_jax as mj
 from minimax_jax.errors import ConfigError, FormatError
-from minimax_jax.io.checkpoint import side_files
+from minimax_jax.io.beside import side_files
 from minimax_jax.io.location import Url, locate
 
 # --- the same as on disk ----------------------------------------------------------------------------------------------

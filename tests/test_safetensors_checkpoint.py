@@ -11,7 +11,8 @@ import torch.distributed.checkpoint as dcp
 from raw_safetensors import raw_bytes, write_file, write_index
 
 from minimax_jax.errors import FormatError
-from minimax_jax.io.checkpoint import open_checkpoint, side_files
+from minimax_jax.io.beside import side_files
+from minimax_jax.io.checkpoint import open_checkpoint
 from minimax_jax.io.reader import Reader
 
 FIRST, SECOND = "model-00001-of-00130.safetensors", "model-00002-of-00130.safetensors"
@@ -258,36 +259,3 @@ def test_an_index_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) ->
 def test_broken_and_circular_links_are_refused(tmp_path: Path, target: str) -> None:
     (tmp_path / FIRST).symlink_to(target)
     assert "missing or cannot be reached" in str(refused(tmp_path))
-
-
-def test_side_files_are_those_that_go_along_with_the_weights(tmp_path: Path) -> None:
-    kept = ["LICENSE", "chat_template.jinja", "generation_config.json", "merges.txt", "tokenizer.model", "vocab.json"]
-    left = [
-        ".gitattributes",
-        "config.json",
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-        "optimizer.pt",
-        "model.gguf",
-    ]
-    for name in kept + left:
-        (tmp_path / name).touch()
-    (tmp_path / "figures").mkdir()
-    os.mkfifo(tmp_path / "pipe")
-    expected = tuple(tmp_path / name for name in kept)
-    assert side_files(tmp_path) == expected
-    assert side_files(tmp_path / "model.safetensors.index.json") == expected
-    assert side_files(tmp_path / "model.safetensors") == ()
-
-
-def test_side_files_that_are_lost_or_lie_elsewhere_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (tmp_path / "secret").write_text("x")
-    (folder / "a.txt").symlink_to("nowhere")
-    (folder / "b.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(FormatError) as caught:
-        side_files(folder)
-    assert [problem.file for problem in caught.value.problems] == [str(folder / "a.txt"), str(folder / "b.txt")]

@@ -24,7 +24,7 @@ from minimax_jax.io.folder import appearing
 from minimax_jax.io.journal import Journal, has_records
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.jobs.budget import peak_bytes, require_workers
-from minimax_jax.jobs.card import add_side_files
+from minimax_jax.jobs.card import add_side_files, require_side_files
 from minimax_jax.jobs.records import Check, noted, quantised
 from minimax_jax.jobs.run import Report
 from minimax_jax.jobs.scales import scale_remarks
@@ -152,6 +152,7 @@ def write(
     with appearing(destination, worth=has_records, restart=restart) as folder:
         found = noted(folder, mine)
         _require_disk(folder, _written_bytes(units))
+        require_side_files(source, folder)
         (folder / _METADATA).unlink(missing_ok=True)
         with source.reader() as reader, Journal(folder.parent, mine) as journal:
             items = Items(folder, units, journal, found)
@@ -178,6 +179,7 @@ def write(
         read_tensors=len(source.checkpoint.tensors),
         remarks=tuple(scale_remarks(source, dtype, beside=False, all_fresh=bool(fresh) and not kept)),
         left_out=source.left_out,
+        left_behind=source.left_behind,
     )
 
 

@@ -10,8 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from minimax_jax.errors import FormatError, Problem, raise_if
-from minimax_jax.io import orbax, source
-from minimax_jax.io.cards import CARD_NAME, CERTIFICATE_NAME, own_card
+from minimax_jax.io import source
 from minimax_jax.io.files import FileState, io_errors
 from minimax_jax.io.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header
 from minimax_jax.io.jsonfile import is_text, parse_object, shown
@@ -23,30 +22,12 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 _T = TypeVar("_T")
-_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-_DCP = ".distcp"
+PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+DCP_SUFFIX = ".distcp"
 _OUT_OF_DCP = (
     "convert the checkpoint that it was made from; or, if you trust it, load it into a model in torch "
     "(torch_bridge.dcp.load) and write that (torch_bridge.save_hf)"
 )
-_WEIGHTS = _PICKLES | {SUFFIX, ".gguf", ".h5", ".msgpack", ".onnx"}
-_SIDE_FILES = (
-    "LICENSE",
-    CARD_NAME,
-    "added_tokens.json",
-    "chat_template.jinja",
-    "configuration_minimax_m2.py",
-    "generation_config.json",
-    "merges.txt",
-    "modeling_minimax_m2.py",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
-"""What may lie beside published checkpoints, sorted."""
-
 _REQUESTS_AT_A_TIME = 16
 
 
@@ -94,49 +75,27 @@ def open_checkpoint(path: Location) -> Checkpoint:
         return _open_folder(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _open_indexed(path, path)
-    if path.suffix.lower() in _PICKLES or path.suffix == _DCP:
+    if path.suffix.lower() in PICKLES or path.suffix == DCP_SUFFIX:
         raise FormatError(_nothing_to_open(path, [path]))
     return _merge(path, [read_header(path)])
 
 
-def side_files(path: Location) -> tuple[Location, ...]:
-    """The files of a checkpoint folder that go along with the weights, such as those of the tokenizer; sorted.
+def for_each(files: Sequence[Location], call: Callable[[Location], _T]) -> list[_T]:
+    """The result for each file; all problems of all of them at once. Servers are asked about several at a time."""
 
-    Left out are weights of any format, their indexes, config.json, hidden files and sub-folders; and what this package
-    wrote about that folder alone: `certificate.json`, and a model card with its mark. One safetensors file has no side
-    files. A web server does not list its files: there, those of the usual names are looked for.
+    def attempt(file: Location) -> tuple[list[_T], tuple[Problem, ...]]:
+        try:
+            return [call(file)], ()
+        except FormatError as error:
+            return [], error.problems
 
-    Raises:
-        FormatError: the folder cannot be listed, or files in it are links that are broken or lead out of it.
-    """
-    if path.name.endswith(INDEX_SUFFIX):
-        path = path.parent
-    if not source.is_folder(path):
-        return ()
-    listed = source.listed(path)
-    if listed is None:
-        usual = [path / name for name in _SIDE_FILES]
-        there = _for_each(usual, source.exists)
-        return _traveling(file for file, found in zip(usual, there, strict=True) if found)
-    beside = tuple(file for file in listed if _is_side_file(file))
-    _for_each(beside, lambda file: source.require_within(file, path))
-    return _traveling(beside)
-
-
-def _traveling(beside: Iterable[Location]) -> tuple[Location, ...]:
-    return tuple(file for file in beside if file.name != CARD_NAME or own_card(file) is None)
-
-
-def _is_side_file(file: Location) -> bool:
-    if file.name.endswith(".index.json") or file.suffix.lower() in _WEIGHTS:
-        return False
-    if file.name in ("config.json", CERTIFICATE_NAME):
-        return False
-    if not isinstance(file, Path):
-        return True
-    if file.name in orbax.OWN_FILES and orbax.is_orbax(file.parent):
-        return False
-    return file.is_file() or not file.exists()  # a broken link is a file that was lost, for the check to report
+    if all(isinstance(file, Path) for file in files):
+        attempts = [attempt(file) for file in files]
+    else:
+        with ThreadPoolExecutor(_REQUESTS_AT_A_TIME, thread_name_prefix="look") as pool:
+            attempts = list(pool.map(attempt, files))
+    raise_if((problem for _, problems in attempts for problem in problems), FormatError)
+    return [result for results, _ in attempts for result in results]
 
 
 def _open_folder(folder: Location) -> Checkpoint:
@@ -154,7 +113,7 @@ def _open_folder(folder: Location) -> Checkpoint:
     files = [single] if single in listed else [file for file in listed if file.suffix == SUFFIX]
     if not files:
         raise FormatError(_nothing_to_open(folder, listed))
-    return _merge(folder, _for_each(files, lambda file: _read_inside(file, folder)))
+    return _merge(folder, for_each(files, lambda file: _read_inside(file, folder)))
 
 
 def _open_indexed(path: Location, index_file: Location) -> Checkpoint:
@@ -162,7 +121,7 @@ def _open_indexed(path: Location, index_file: Location) -> Checkpoint:
     source.require_within(index_file, folder)
     weight_map = _read_index(index_file)
     names = sorted(set(weight_map.values()))
-    headers = _for_each([folder / name for name in names], lambda file: _read_inside(file, folder))
+    headers = for_each([folder / name for name in names], lambda file: _read_inside(file, folder))
     raise_if(_index_problems(weight_map, dict(zip(names, headers, strict=True)), index_file), FormatError)
     return _merge(path, headers, index_file)
 
@@ -199,24 +158,6 @@ def _read_inside(file: Location, folder: Location) -> Header:
     return read_header(file)
 
 
-def _for_each(files: Sequence[Location], call: Callable[[Location], _T]) -> list[_T]:
-    """The result for each file; all problems of all of them at once. Servers are asked about several at a time."""
-
-    def attempt(file: Location) -> tuple[list[_T], tuple[Problem, ...]]:
-        try:
-            return [call(file)], ()
-        except FormatError as error:
-            return [], error.problems
-
-    if all(isinstance(file, Path) for file in files):
-        attempts = [attempt(file) for file in files]
-    else:
-        with ThreadPoolExecutor(_REQUESTS_AT_A_TIME, thread_name_prefix="look") as pool:
-            attempts = list(pool.map(attempt, files))
-    raise_if((problem for _, problems in attempts for problem in problems), FormatError)
-    return [result for results, _ in attempts for result in results]
-
-
 def _index_problems(weight_map: dict[str, str], headers: dict[str, Header], index_file: Location) -> Iterator[Problem]:
     strays: set[str] = set()
     for name, header in headers.items():
@@ -250,12 +191,14 @@ def _merge(path: Location, headers: list[Header], index_file: Location | None = 
 
 def _nothing_to_open(path: Location, listed: Iterable[Location]) -> Problem:
     listed = tuple(listed)
-    if any(file.suffix == _DCP for file in listed):
+    if any(file.suffix == DCP_SUFFIX for file in listed):
         what = (
             "a checkpoint of torch.distributed.checkpoint: its table of contents is a pickle, which is never read here"
         )
-        return Problem(what=what, file=str(path), expected=f"{SUFFIX} files", got=f"{_DCP} files", remedy=_OUT_OF_DCP)
-    pickles = [file.name for file in listed if file.suffix.lower() in _PICKLES]
+        return Problem(
+            what=what, file=str(path), expected=f"{SUFFIX} files", got=f"{DCP_SUFFIX} files", remedy=_OUT_OF_DCP
+        )
+    pickles = [file.name for file in listed if file.suffix.lower() in PICKLES]
     if not pickles:
         remedy = f"give the folder that holds {INDEX_NAME} or {SINGLE_NAME}, or one {SUFFIX} file"
         return Problem(what="no safetensors file here", file=str(path), remedy=remedy)

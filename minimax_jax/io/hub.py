@@ -59,10 +59,11 @@ class Hub:
 
     def names(self, folder: Url) -> list[str]:
         """The files of the repository right in a folder."""
-        place = _parse(folder)
-        prefix = f"{place.path}/" if place.path else ""
-        found = (name.removeprefix(prefix) for name in _files(folder) if name.startswith(prefix))
-        return sorted(name for name in found if "/" not in name)
+        return sorted(name for name in _below(folder) if "/" not in name)
+
+    def folders(self, folder: Url) -> list[str]:
+        """The folders right in a folder."""
+        return sorted({name.partition("/")[0] for name in _below(folder) if "/" in name})
 
     def look(self, file: Url) -> FileState:
         """The state of a file of a commit."""
@@ -121,6 +122,13 @@ def _files(url: Url) -> dict[str, FileState]:
             return _files_of(place.repository, place.revision or "main")
 
     return persist(url, ask)
+
+
+def _below(folder: Url) -> Iterator[str]:
+    """Paths of all files in a folder and in those below it, from that folder on."""
+    place = _parse(folder)
+    prefix = f"{place.path}/" if place.path else ""
+    return (name.removeprefix(prefix) for name in _files(folder) if name.startswith(prefix))
 
 
 @functools.lru_cache(maxsize=16)

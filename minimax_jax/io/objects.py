@@ -41,14 +41,21 @@ class Objects:
 
     def names(self, folder: Url) -> list[str]:
         """The objects right below a prefix."""
+        return self._named(folder, "file")
+
+    def folders(self, folder: Url) -> list[str]:
+        """The prefixes right below a prefix, each of which ends with a slash in the names of objects."""
+        return self._named(folder, "directory")
+
+    def _named(self, folder: Url, kind: str) -> list[str]:
         system, path = _system(folder)
 
         def ask() -> list[dict[str, Any]]:
             with _errors(folder):
                 return list(system.ls(path, detail=True))
 
-        found = (entry for entry in persist(folder, ask) if entry["type"] == "file")
-        return sorted(name for entry in found if (name := entry["name"].rpartition("/")[2]))
+        found = (entry["name"].rstrip("/") for entry in persist(folder, ask) if entry["type"] == kind)
+        return sorted(name for entry in found if (name := entry.rpartition("/")[2]))
 
     def look(self, file: Url) -> FileState:
         """The state of an object."""

@@ -46,6 +46,11 @@ def is_orbax(path: Path) -> bool:
     return is_file(path / OWN_FILES[0])
 
 
+def trees(folder: Path) -> tuple[Path, ...]:
+    """The folders of trees of arrays inside a checkpoint: what Orbax calls them is its own affair."""
+    return tuple(metadata.parent for metadata in folder.glob("*/_METADATA"))
+
+
 def require() -> Any:
     """`orbax.checkpoint.v1`.
 

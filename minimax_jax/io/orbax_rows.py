@@ -25,7 +25,7 @@ from minimax_jax.errors import FormatError, JobError
 from minimax_jax.io import points
 from minimax_jax.io.files import io_errors, sync_tree
 from minimax_jax.io.journal import digest
-from minimax_jax.io.orbax import NO_SUCH, OWN_FILES, Errors, require
+from minimax_jax.io.orbax import NO_SUCH, OWN_FILES, Errors, require, trees
 
 CHUNK_BYTES = 32 * 2**20
 """Most bytes of one chunk, and so of one file, unless a single row is larger."""
@@ -221,9 +221,9 @@ def _resize(array: Path, shape: tuple[int, ...], chunk: tuple[int, ...]) -> None
 
 
 def _item(folder: Path) -> Path:
-    """The folder of the tree inside a checkpoint: what Orbax calls it is its own affair."""
-    for metadata in folder.glob("*/_METADATA"):
-        return metadata.parent
+    """The folder of the tree inside a checkpoint."""
+    for found in trees(folder):
+        return found
     raise FileNotFoundError("no tree in it")
 
 

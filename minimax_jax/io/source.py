@@ -45,6 +45,9 @@ class Store(Protocol):
     def names(self, folder: Url) -> list[str] | None:
         """Names of the files in a folder, sorted; None where it cannot be listed."""
 
+    def folders(self, folder: Url) -> list[str]:
+        """Names of the folders in a folder, as far as that is told."""
+
     def look(self, file: Url) -> FileState:
         """The state of a file now; raises a FileNotFoundError where there is none."""
 
@@ -140,8 +143,20 @@ def is_folder(place: Location) -> bool:
     return paths.is_folder(place) if isinstance(place, Path) else not place.name.endswith(_FILE_ENDS)
 
 
+def folders(folder: Location) -> list[Location]:
+    """The folders in one that is elsewhere, hidden ones left out, as far as that is told: `listed` has files alone.
+
+    Raises:
+        FormatError: the folder cannot be listed.
+    """
+    if isinstance(folder, Path):
+        return []
+    with io_errors(FormatError, "folder cannot be listed", folder):
+        return [folder / name for name in _store(folder).folders(folder) if not name.startswith(".")]
+
+
 def listed(folder: Location) -> list[Location] | None:
-    """What lies in a folder, sorted, hidden things left out; None where the server does not tell.
+    """What lies in a folder, sorted, hidden things left out; of one elsewhere, files; None where that is not told.
 
     Raises:
         FormatError: the folder cannot be listed.

@@ -32,6 +32,10 @@ class Web:
     def names(self, folder: Url) -> None:
         """Not told by a web server."""
 
+    def folders(self, folder: Url) -> list[str]:
+        """Not told either."""
+        return []
+
     def look(self, file: Url) -> FileState:
         """The state of a file, by a request for its first byte: signed URLs allow no other kind of request."""
         return persist(file, lambda: _get(file, 0, memoryview(bytearray(1)))[0])

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from minimax_jax.errors import JobError, Problem, raise_if
 from minimax_jax.io import source as places
+from minimax_jax.io.beside import side_files
 from minimax_jax.io.cards import CARD_MARK, CARD_NAME, CERTIFICATE_NAME, own_card
-from minimax_jax.io.checkpoint import side_files
+from minimax_jax.io.files import io_errors
 from minimax_jax.io.jsonfile import write_text_atomic
+from minimax_jax.io.location import Location
 from minimax_jax.io.orbax import is_orbax
 from minimax_jax.io.source import copy_file
 from minimax_jax.io.upload import is_repository
 from minimax_jax.jobs.loading import lines_to_load
 from minimax_jax.jobs.source import Source
 from minimax_jax.layout.check import Survey
+from minimax_jax.paths import is_file
 
 _HUB = "hf://"
 _BASE, _FROM = "base_model: ", "- made from: "
@@ -61,14 +67,50 @@ def add_side_files(source: Source, folder: Path, *, form: str, dtype: str) -> No
 
     Raises:
         FormatError: a side file is lost or cannot be read.
-        JobError: something cannot be written.
+        JobError: something cannot be written, or there is no room for it.
     """
     (folder / CERTIFICATE_NAME).unlink(missing_ok=True)
-    found = side_files(source.path)
+    found = require_side_files(source, folder)
     for file in found:
         copy_file(file, folder / file.name)
     if all(file.name != CARD_NAME for file in found):
         write_text_atomic(folder / CARD_NAME, str(_converted(source, form, dtype)))
+
+
+def require_side_files(source: Source, folder: Path) -> tuple[Location, ...]:
+    """What goes along with a source's weights, after a look whether it can be copied: before long work.
+
+    Args:
+        source: what is converted.
+        folder: where to; it exists.
+
+    Raises:
+        FormatError: a side file is lost.
+        JobError: files of this machine may not be read, or have no room on the disk of `folder`.
+    """
+    found = side_files(source.path, source.checkpoint.files)
+    near = [file for file in found if isinstance(file, Path)]
+    raise_if(_uncopied(near, folder), JobError)
+    return found
+
+
+def _uncopied(files: Sequence[Path], folder: Path) -> Iterator[Problem]:
+    for file in files:
+        if not _may_read(file):
+            yield Problem(what="side file may not be read", file=str(file), remedy="make it readable, or move it away")
+    with io_errors(JobError, "free disk cannot be told", folder):
+        there = [folder / file.name for file in files]  # of an earlier run, to be written anew
+        free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in there if is_file(file))
+        needed = sum(file.stat().st_size for file in files)
+    if needed > free:
+        largest = max(files, key=lambda file: file.stat().st_size)
+        expected, got = f"{needed:,} bytes free", f"{free:,} bytes free"
+        remedy = "move it away if it does not belong there, or free some space"
+        yield Problem(what="no room for the side files", file=str(largest), expected=expected, got=got, remedy=remedy)
+
+
+def _may_read(file: Path) -> bool:
+    return os.access(file, os.R_OK)
 
 
 def certified_card(source: Source, folder: Path, sha256: str, origin: str | None) -> Card | None:

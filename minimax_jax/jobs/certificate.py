@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minimax_jax.errors import JobError, Problem
+from minimax_jax.io.cards import CERTIFICATE_BEGINNING, CERTIFICATE_BEGINNING_BYTES, begins_as
 from minimax_jax.io.files import io_errors
 from minimax_jax.io.jsonfile import as_text, write_json_atomic
 from minimax_jax.jobs.certified import FORMAT, SEAL, seal
@@ -21,9 +22,6 @@ from minimax_jax.jobs.left_out import left_out_json
 from minimax_jax.jobs.verification import Digested, LayerSummary, Verification
 from minimax_jax.nearby import did_you_mean
 from minimax_jax.paths import path_of
-
-_BEGINNING, _BEGINNING_BYTES = b'"format": "minimax_jax certificate', 64
-"""What a certificate begins with, of whatever form, behind its brace; and what is read to find it."""
 
 _LIBRARIES = ("minimax_jax", "jax", "jaxlib", "numpy", "ml_dtypes")
 
@@ -57,7 +55,7 @@ def require_certificate_place(file: str | Path) -> None:
     Raises:
         JobError: as `require_place`.
     """
-    require_place(file, "certificate", _BEGINNING)
+    require_place(file, "certificate", CERTIFICATE_BEGINNING)
 
 
 def require_place(file: str | Path, what: str, beginning: bytes) -> None:
@@ -80,8 +78,8 @@ def require_place(file: str | Path, what: str, beginning: bytes) -> None:
         raise JobError(Problem(what=f"{what} cannot be written", file=str(file), remedy=remedy))
     if there:
         with io_errors(JobError, f"{what} cannot be written", file), file.open("rb") as stream:
-            begins = stream.read(_BEGINNING_BYTES)
-    if begins and not begins.lstrip(b" \r\n\t{").startswith(beginning):
+            begins = stream.read(CERTIFICATE_BEGINNING_BYTES)
+    if begins and not begins_as(begins, beginning):
         remedy = "name another file, or delete this one"
         raise JobError(Problem(what=f"a file that is no {what} stands there", file=str(file), remedy=remedy))
 

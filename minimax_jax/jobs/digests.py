@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from minimax_jax.dtypes import NAMES
 from minimax_jax.io import source as places
-from minimax_jax.io.checkpoint import side_files
+from minimax_jax.io.beside import side_files
 from minimax_jax.io.files import FileState
 from minimax_jax.io.header import METADATA_KEY, PREFIX_BYTES
 from minimax_jax.io.jsonfile import as_text, parse_object
@@ -90,7 +90,7 @@ def file_digests(source: Source) -> Iterator[FileDigest]:
         yield _header_digest(file, folder, checkpoint.states.get(file))
     index = () if checkpoint.index_file is None else (checkpoint.index_file,)
     sidecar = sorted({info.file for info in source.sidecar.values()})
-    for file in (*index, folder / CONFIG_NAME, *sidecar, *side_files(source.path)):
+    for file in (*index, folder / CONFIG_NAME, *sidecar, *side_files(source.path, checkpoint.files)):
         yield _file_digest(file, folder, checkpoint.states.get(file))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minimax_jax.display import Displayed
+from minimax_jax.io.beside import LeftBehind
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.location import Location
 from minimax_jax.jobs.left_out import LeftOut
@@ -41,6 +42,7 @@ class Inspection(Displayed):
         by_kind: its tensors by kind, named as its layout names it.
         sidecar: source scales beside it, if there are any.
         left_out: tensors in its files that are not the model's, and that nothing reads.
+        left_behind: what lies beside them, and no conversion takes along.
     """
 
     path: Location
@@ -52,6 +54,7 @@ class Inspection(Displayed):
     by_kind: dict[str, Tally]
     sidecar: Tally
     left_out: tuple[LeftOut, ...]
+    left_behind: tuple[LeftBehind, ...] = ()
 
     def views(self) -> Iterable[Any]:
         """What there is to look at."""
@@ -77,6 +80,7 @@ def inspect(source: Source) -> Inspection:
         by_kind=_by((kinds[key], info) for key, info in infos.items()),
         sidecar=_tally(source.sidecar.values()),
         left_out=source.left_out,
+        left_behind=source.left_behind,
     )
 
 

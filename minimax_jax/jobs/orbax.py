@@ -28,7 +28,7 @@ from minimax_jax.io.folder import appearing, workshop_of
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.journal import has_records
 from minimax_jax.io.jsonfile import write_json_atomic
-from minimax_jax.jobs.card import add_side_files
+from minimax_jax.jobs.card import add_side_files, require_side_files
 from minimax_jax.jobs.certifying import certify_unnamed
 from minimax_jax.jobs.left_out import require_found, warn_of
 from minimax_jax.jobs.orbax_fill import fill
@@ -95,6 +95,7 @@ def write(
     ticker = Ticker(planned.read_bytes, progress)
     form = "orbax" if layout == "native" else layout
     with appearing(destination, worth=has_records, restart=restart) as folder:
+        require_side_files(source, folder.parent)
         records = fill(planned, folder, form, check, ticker)
         add_side_files(source, folder, form=form, dtype=dtype)
         write_json_atomic(folder / CONFIG_NAME, planned.config.to_dict())
@@ -113,6 +114,7 @@ def write(
         read_tensors=len(source.checkpoint.tensors),
         remarks=tuple(scale_remarks(source, dtype, beside=False, all_fresh=bool(fresh) and not kept)),
         left_out=source.left_out,
+        left_behind=source.left_behind,
         certified=certified,
     )
 

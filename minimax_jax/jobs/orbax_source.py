@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from minimax_jax.errors import FormatError, Problem
 from minimax_jax.io import orbax
+from minimax_jax.io.beside import left_behind
 from minimax_jax.io.checkpoint import Checkpoint
 from minimax_jax.io.files import FileState, as_bytes
 from minimax_jax.io.header import TensorInfo
@@ -60,6 +61,7 @@ def open_orbax(path: str | Path, *, ignore: Collection[str] = (), leave_out: Col
         survey=checked,
         sidecar={},
         left_out=left_out,
+        left_behind=left_behind(folder, orbax.trees(folder)),
         open_reader=OrbaxReader,
     )
 

@@ -9,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from minimax_jax.display import counted, size
+from minimax_jax.io.beside import LeftBehind
+from minimax_jax.io.jsonfile import shown
 from minimax_jax.jobs.inspect import Inspection, Tally
 from minimax_jax.jobs.left_out import LeftOut, left_out_json
 from minimax_jax.jobs.plan import Plan
@@ -35,6 +37,7 @@ def inspection_json(seen: Inspection) -> dict[str, Any]:
         "by_dtype": _tallies(seen.by_dtype),
         "by_kind": _tallies(seen.by_kind),
         "left_out": left_out_json(seen.left_out),
+        "left_behind": _left_behind_json(seen.left_behind),
         "source_scales": {"tensors": seen.sidecar.tensors, "bytes": seen.sidecar.nbytes},
         "config": seen.config.to_dict(),
     }
@@ -56,6 +59,7 @@ def inspection_view(seen: Inspection) -> Iterator[Any]:
         kept = f"{counted(seen.sidecar.tensors, 'tensor')}, {size(seen.sidecar.nbytes)}"
         yield f"source scales for a byte-exact FP8 export: {kept}"
     yield from _left_out_view(seen.left_out)
+    yield from _left_behind_view(seen.left_behind, "a conversion leaves behind")
     yield _tally_table("dtype", seen.by_dtype)
     yield _tally_table("kind", seen.by_kind)
 
@@ -77,6 +81,7 @@ def plan_json(plan: Plan | StreamedPlan) -> dict[str, Any]:
         "tpu_kernels": tpu_kernels(),
         "remarks": remarks_json(plan.remarks),
         "left_out": left_out_json(plan.source.left_out),
+        "left_behind": _left_behind_json(plan.source.left_behind),
         "files": [
             {"name": shard.file_name, "bytes": shard.file_bytes, "tensors": list(shard.tensors)}
             for shard in ((*plan.shards, *plan.sidecar) if isinstance(plan, Plan) else ())
@@ -89,6 +94,7 @@ def plan_view(plan: Plan | StreamedPlan, *, everything: bool = False) -> Iterato
     checkpoint = plan.source.checkpoint
     yield f"{plan.source.path} ({plan.source.survey.layout}) to {plan.to}, weights in {plan.dtype}"
     yield from _left_out_view(plan.source.left_out)
+    yield from _left_behind_view(plan.source.left_behind, "stays behind")
     yield from _remarks_view(plan.remarks)
     facts = Table(show_header=False, box=None)
     files = counted(len(checkpoint.files), "file")
@@ -174,6 +180,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "fresh_scales": list(report.fresh_scales),
         "remarks": remarks_json(report.remarks),
         "left_out": left_out_json(report.left_out),
+        "left_behind": _left_behind_json(report.left_behind),
         "certified": report.certified,
     }
 
@@ -189,6 +196,7 @@ def report_view(report: Report) -> Iterator[Any]:
         yield f"FP8 weights: {kept:,} with their source scales, {fresh:,} with fresh ones"
     yield from _remarks_view(report.remarks)
     yield from _left_out_view(report.left_out)
+    yield from _left_behind_view(report.left_behind, "left behind")
     if report.certified is not None:
         yield f"certified: sha256 {report.certified}"
 
@@ -200,6 +208,17 @@ def _remarks_view(remarks: Sequence[Remark]) -> Iterator[Any]:
 
 def _left_out_view(left_out: Sequence[LeftOut]) -> Iterator[str]:
     yield from map(str, left_out)
+
+
+def _left_behind_json(left_behind: Sequence[LeftBehind]) -> list[dict[str, str]]:
+    return [{"name": each.name, "what": each.what} for each in left_behind]
+
+
+def _left_behind_view(left_behind: Sequence[LeftBehind], begin: str) -> Iterator[str]:
+    if left_behind:
+        named = [f"{shown(each.name)} ({each.what})" for each in left_behind[:_SHOWN]]
+        more = len(left_behind) - len(named)
+        yield f"{begin}: {', '.join(named)}" + (f" and {more:,} more" if more else "")
 
 
 def pushed_json(done: Pushed) -> dict[str, Any]:

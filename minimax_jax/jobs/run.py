@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minimax_jax.display import Displayed
+from minimax_jax.io.beside import LeftBehind
 from minimax_jax.io.folder import appearing, workshop_of
 from minimax_jax.io.journal import Journal, has_records
 from minimax_jax.io.jsonfile import write_json_atomic
@@ -43,6 +44,7 @@ class Report(Displayed):
         read_tensors: how many tensors the source holds; 0 where there was none, but a model in memory.
         remarks: what else there is to know, of block scales that were not kept.
         left_out: tensors in the files of the source that are not the model's: they were not converted.
+        left_behind: what lies beside the weights of the source and was not taken along.
         certified: one digest of all tensors, as in the certificate that lies there; None where none was asked for.
         kernels: which code the work went through on a CPU.
         tpu_kernels: which code grouped experts went through on a TPU, if there was one.
@@ -58,6 +60,7 @@ class Report(Displayed):
     read_tensors: int = 0
     remarks: tuple[Remark, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    left_behind: tuple[LeftBehind, ...] = ()
     certified: str | None = None
     kernels: Backend = field(default_factory=backend)
     tpu_kernels: TpuKernels = field(default_factory=tpu_kernels)
@@ -195,4 +198,5 @@ def _report(plan: Plan, destination: Path, seconds: float, records: Mapping[str,
         read_tensors=len(plan.source.checkpoint.tensors),
         remarks=tuple(scale_remarks(plan.source, plan.dtype, beside=beside, all_fresh=all_fresh)),
         left_out=plan.source.left_out,
+        left_behind=plan.source.left_behind,
     )

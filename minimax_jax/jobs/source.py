@@ -14,6 +14,7 @@ from pathlib import Path
 
 from minimax_jax.errors import ConfigError, FormatError, LayoutError, Problem, raise_if
 from minimax_jax.io import source as places
+from minimax_jax.io.beside import LeftBehind, left_behind
 from minimax_jax.io.checkpoint import Checkpoint, open_checkpoint
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.jsonfile import shown
@@ -48,6 +49,7 @@ class Source:
         survey: which layout it has, and the stored dtype of every entry.
         sidecar: block scales of the FP8 source, by native scale name; empty when there are none.
         left_out: tensors in its files that are not the model's, and that nothing reads.
+        left_behind: what lies in its folder, and no conversion takes along.
         open_reader: makes the reader of its tensors: of a safetensors checkpoint, and of one in other files.
     """
 
@@ -57,6 +59,7 @@ class Source:
     survey: Survey
     sidecar: Mapping[str, TensorInfo]
     left_out: tuple[LeftOut, ...] = ()
+    left_behind: tuple[LeftBehind, ...] = ()
     open_reader: Callable[[Checkpoint], Reader] = Reader
 
     def reader(self) -> Reader:
@@ -192,7 +195,17 @@ def _open(path: str | Location, ignore: Collection[str], leave_out: Collection[s
     sidecar = {} if scales is None else scales.tensors
     raise_if(_misfits(sidecar, checked), LayoutError)
     raise_if(_unsized_blocks(checked, folder), ConfigError)
-    return Source(path=place, checkpoint=checkpoint, config=config, survey=checked, sidecar=sidecar, left_out=left_out)
+    index = () if checkpoint.index_file is None else (checkpoint.index_file,)
+    used = (*checkpoint.files, *index, *(() if scales is None else scales.files))
+    return Source(
+        path=place,
+        checkpoint=checkpoint,
+        config=config,
+        survey=checked,
+        sidecar=sidecar,
+        left_out=left_out,
+        left_behind=left_behind(place, used),
+    )
 
 
 def _require_no_hub_id(place: Location) -> None:
