@@ -16,7 +16,7 @@ from upload_handler import UploadHandler
 import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.cli import cli
-from minimax_jax.errors import JobError, LayoutError
+from minimax_jax.errors import FormatError, JobError, LayoutError
 from minimax_jax.jobs import certifying
 from minimax_jax.jobs.verify import verify
 
@@ -172,6 +172,19 @@ def test_a_certificate_of_other_files_with_the_same_tensors_does_not_go_up(sourc
     with pytest.raises(JobError, match="not what its certificate says"):
         mj.push(source, REPOSITORY)
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["figures/key", ".key", ".hidden/key"])
+def test_no_link_takes_a_file_of_elsewhere_along(source, hub, tmp_path, name):
+    (tmp_path / "secret").write_text("of the user")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(FormatError, match="path leaves the folder") as caught:
+        mj.push(source, REPOSITORY)
+    assert caught.value.problems[0].file == str(source / name) and list((tmp_path / "hub").iterdir()) == []
+    (source / name).unlink()
+    (source / name).symlink_to(source / "tokenizer.json")
+    mj.push(source, REPOSITORY)
 
 
 def test_a_certificate_of_a_sample_is_no_ground_to_push(source, hub, tmp_path):

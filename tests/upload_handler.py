@@ -72,6 +72,8 @@ class UploadHandler(Handler):
         folder.mkdir(exist_ok=True)
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
+            if "path" in value:
+                (folder / value["path"]).parent.mkdir(exist_ok=True)
             if line["key"] == "file":
                 (folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":

@@ -8,14 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 from minimax_jax.errors import JobError, Problem, RequestError, argument
+from minimax_jax.io import source as places
 from minimax_jax.io.cards import CERTIFICATE_NAME
+from minimax_jax.io.checkpoint import for_each
 from minimax_jax.io.upload import repository_of, require_repository, upload
 from minimax_jax.jobs.certifying import held, write_card
 from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.run import Report
 from minimax_jax.jobs.source import Source, open_source
 from minimax_jax.nearby import did_you_mean
-from minimax_jax.paths import is_folder, path_of
+from minimax_jax.paths import is_file, is_folder, path_of
 from minimax_jax.progress import Progress
 
 
@@ -62,8 +64,8 @@ def push(
 
     All of its tensors are read first. Where `certificate.json` lies beside them, they and their files are held against
     it, byte for byte; else it is written. A model card is written where there is none, and where there is one that
-    minimax_jax wrote; what somebody else wrote stays as it is. All files of the folder go up, whole: tensors that were
-    left out are in them.
+    minimax_jax wrote; what somebody else wrote stays as it is. All files of the folder go up, whole, and those of
+    sub-folders: tensors that were left out are in them.
 
     Args:
         path: a checkpoint's folder.
@@ -76,12 +78,14 @@ def push(
         progress: called as the reading goes on.
 
     Raises:
-        CheckpointError: as `open_source`; JobError where it is not a folder, where the checkpoint is not what its
-            certificate says, or where the upload fails: the folder is whole then, and the same call again goes on.
+        CheckpointError: as `open_source`; FormatError where a link in it leads out of it; JobError where it is not a
+            folder, where the checkpoint is not what its certificate says, or where the upload fails: the folder is
+            whole then, and the same call again goes on.
     """
     require_pushable(url)
     folder = _folder(path)
     source = open_source(folder, ignore=ignore, leave_out=leave_out)
+    for_each(_links(folder), lambda file: places.require_within(file, folder))
     seen = held(source, folder / CERTIFICATE_NAME, workers, progress)
     return _send(source, folder, url, sha256=seen.sha256, private=private, origin=origin)
 
@@ -115,6 +119,11 @@ def _send(source: Source, folder: Path, url: str, *, sha256: str, private: bool,
     message = f"{source.survey.layout} layout, by minimax_jax {version('minimax_jax')}"
     commit = upload(folder, repository_of(url), private=private, message=message, remedy=again)
     return Pushed(folder=folder, commit=commit, sha256=sha256, card=made, left_out=source.left_out)
+
+
+def _links(folder: Path) -> list[Path]:
+    """The links to files in a folder and in those below it: what they lead to is what goes up."""
+    return sorted(file for file in folder.rglob("*") if file.is_symlink() and is_file(file))
 
 
 def _folder(path: str | Path) -> Path:
