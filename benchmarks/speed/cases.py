@@ -69,7 +69,7 @@ class Case:
         """
         made = {}
         for entry in self.entries:
-            made[entry.native] = empty((self.experts, *next(self._grouped(entry)).shape), BF16)
+            made[entry.native] = empty((entry.experts, *next(self._grouped(entry)).shape), BF16)
             for place, expert in zip(made[entry.native], self._grouped(entry), strict=True):
                 place[:] = expert
         return made
