@@ -166,7 +166,7 @@ def test_nan_exits_with_3_and_names_the_weight(made, tmp_path):
         "convert {} out --to maxtext --dtype fp8",
         "plan {} --dtype fp8 --to maxtext-unscanned",
         "plan {} --to orbax --shard-size 1GB",
-        "convert {} out --to dcp --restart",
+        "convert {} out --to dcp --distributed",
         "verify {0} {0} --certificate out",
         "plan {} --dtype f32 --to hf-fp8",
         "convert {} out --max-memory much",
