@@ -1,93 +1,44 @@
 """Conversions to Orbax, MaxText and torch's DCP that are killed: they go on, redo little, and end in the same bytes."""
 
-import errno
 import json
 import os
 import shutil
 
 import pytest
-from resume_cases import Killed, count_units, dies_at
+from resume_cases import (
+    NOTED_BY_ORBAX,
+    OPTIONS,
+    convert,
+    flip,
+    goes_on,
+    in_workshop,
+    make_small,
+    stop,
+    streamed_source,
+    truncate,
+    undisturbed,
+)
 
 import minimax_jax as mj
-from minimax_jax import synthetic
 from minimax_jax.errors import JobError
-from minimax_jax.io import orbax_rows, points
+from minimax_jax.io import points
 from minimax_jax.io.folder import workshop_of
 from minimax_jax.io.journal import journals
-from minimax_jax.jobs import orbax_plan
-from torch_bridge import chunks, dcp_items
-
-OPTIONS = {
-    "orbax": {"to": "orbax", "dtype": "fp8", "workers": 2},
-    "maxtext": {"to": "maxtext", "workers": 2},
-    "dcp": {"to": "dcp", "dtype": "fp8", "workers": 2},
-}
-NOTED_BY_ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt")
-"""What Orbax writes of time and place."""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source") / "hf"
-    synthetic.synthesize(folder, synthetic.config(layers=1, experts=6), shard_bytes=50_000)
-    return folder
+    return streamed_source(tmp_path_factory.mktemp("source") / "hf")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Several units, chunks and files; some units share a chunk of block scales, some lie in two files."""
-    monkeypatch.setattr(orbax_plan, "_UNIT_BYTES", 1)
-    monkeypatch.setattr(orbax_rows, "CHUNK_BYTES", 30_000)
-    monkeypatch.setattr(chunks, "_UNIT_BYTES", 40_000)
-    monkeypatch.setattr(dcp_items, "DEFAULT_SHARD_BYTES", 100_000)
+    make_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
-    """The files of undisturbed runs, by target, and how many units they take."""
-    made = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        small.__wrapped__(patch)
-        units = {name: convert_and_count(patch, source, made / name, name) for name in OPTIONS}
-    return {name: (files(made / name), units[name]) for name in OPTIONS}
-
-
-def convert_and_count(patch, source, out, name):
-    made = count_units(patch)
-    mj.convert(source, out, **OPTIONS[name])
-    return len(made)
-
-
-def files(folder):
-    """Every file in a folder and below it, by path, but for what Orbax notes of time and place."""
-    found = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
-    return {name: file.read_bytes() for name, file in found.items() if name not in NOTED_BY_ORBAX}
-
-
-def convert(source, out, name, **options):
-    return mj.convert(source, out, **(OPTIONS[name] | options))
-
-
-def stop(source, out, monkeypatch, name, count, moment="after the journal", **options):
-    """Run a conversion that dies at a moment; its threads end what they have begun, up to the next one."""
-    with monkeypatch.context() as patch:
-        dies_at(patch, count, moment)
-        with pytest.raises(Killed):
-            convert(source, out, name, **options)
-
-
-def goes_on(source, out, monkeypatch, name, whole, **options):
-    """Run it to its end, and hold it against the undisturbed run: how many units were done."""
-    with monkeypatch.context() as patch:
-        made = count_units(patch)
-        convert(source, out, name, **options)
-    assert files(out) == whole[name][0]
-    assert [path.name for path in out.parent.iterdir() if "partial" in path.name] == []
-    return len(made)
-
-
-def in_workshop(out, pattern):
-    return sorted((workshop_of(out) / out.name).glob(pattern))
+    return undisturbed(source, tmp_path_factory.mktemp("whole"), OPTIONS)
 
 
 MOMENTS = {
@@ -172,16 +123,6 @@ PIECES = {
 }
 
 
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def truncate(file):
-    file.write_bytes(file.read_bytes()[:-1])
-
-
 @pytest.mark.parametrize("damage", [flip, truncate, lambda file: file.unlink()])
 @pytest.mark.parametrize("name", ["orbax", "dcp"])
 def test_what_is_damaged_meanwhile_is_done_again(source, whole, tmp_path, monkeypatch, name, damage):
@@ -190,71 +131,6 @@ def test_what_is_damaged_meanwhile_is_done_again(source, whole, tmp_path, monkey
     damage(in_workshop(out, PIECES[name])[0])
     made = goes_on(source, out, monkeypatch, name, whole)
     assert 0 < made < total // 2
-
-
-# ---- torch's DCP alone
-
-
-def noted(out):
-    (journal,) = journals(workshop_of(out))
-    return journal, journal.read_text().splitlines(keepends=True)
-
-
-def test_items_that_lie_elsewhere_than_their_turn_is_are_written_again(source, whole, tmp_path, monkeypatch):
-    """A record that is true of the bytes, but not of where they belong, is not believed."""
-    out, total = tmp_path / "out", whole["dcp"][1]
-    stop(source, out, monkeypatch, "dcp", total)
-    journal, lines = noted(out)
-    moved = json.loads(lines[5])
-    (file, offset, length), *rest = moved["items"]
-    content = in_workshop(out, file)[0].read_bytes()[offset : offset + length]
-    last = in_workshop(out, "*.distcp")[-1]
-    with in_workshop(out, file)[0].open("ab") as stream:
-        moved["items"] = [[file, stream.tell(), length], *rest]
-        stream.write(content)
-    journal.write_text("".join([*lines[:5], json.dumps(moved) + "\n", *lines[6:]]))
-    last.write_bytes(last.read_bytes() + b"more than belongs there")
-    assert goes_on(source, out, monkeypatch, "dcp", whole) == 1
-
-
-@pytest.mark.parametrize(
-    "items", [None, 7, [], [["../../x", 0, 1]], [["__0_0_0.distcp", -1, 8]], [["__0_0_0.distcp", 0, 2**60]], [[1]]]
-)
-def test_a_record_that_makes_no_sense_costs_its_unit(source, whole, tmp_path, monkeypatch, items):
-    out, total = tmp_path / "out", whole["dcp"][1]
-    stop(source, out, monkeypatch, "dcp", total)
-    journal, lines = noted(out)
-    journal.write_text("".join([lines[0], json.dumps(json.loads(lines[1]) | {"items": items}) + "\n", *lines[2:]]))
-    assert goes_on(source, out, monkeypatch, "dcp", whole) == 1
-
-
-def test_another_torch_and_other_units_are_another_job(source, tmp_path, monkeypatch):
-    stop(source, tmp_path / "out", monkeypatch, "dcp", 5)
-    with monkeypatch.context() as patch:
-        patch.setattr("torch.__version__", "1.0")
-        with pytest.raises(JobError, match="its torch differs"):
-            convert(source, tmp_path / "out", "dcp")
-    monkeypatch.setattr(chunks, "_UNIT_BYTES", 50_000)
-    with pytest.raises(JobError, match="division into files differs"):
-        convert(source, tmp_path / "out", "dcp")
-
-
-def test_a_disk_that_fails_is_an_error_and_no_more(source, whole, tmp_path, monkeypatch):
-    """torch is in C++ when it writes."""
-    real, left = os.pwrite, [40]
-
-    def full(fd, data, offset):
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(fd, data, offset)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
-        with pytest.raises(JobError, match="file cannot be written"):
-            convert(source, tmp_path / "out", "dcp")
-    assert not (tmp_path / "out").exists()
-    assert goes_on(source, tmp_path / "out", monkeypatch, "dcp", whole) < whole["dcp"][1]
 
 
 # ---- Orbax alone
