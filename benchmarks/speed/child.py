@@ -5,6 +5,7 @@ python -m benchmarks.speed.child TASK ARGUMENT...
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 DEVICES = 8
+_AGAIN = 4
 
 
 def call(task: str, *arguments: object) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def load(path: str, dtype: str, rounds: str) -> dict[str, Any]:
 
 
 def grow(path: str, destination: str, shard_bytes: str) -> dict[str, Any]:
-    """One conversion to native bf16: its seconds once all is compiled and imported, and its peak memory."""
+    """Conversions to native bf16, once all is compiled and imported; see `_grown`."""
     return _grown(path, destination, shard_bytes=int(shard_bytes))
 
 
@@ -135,6 +137,7 @@ def team(path: str, destination: str) -> dict[str, Any]:
 
 
 def _grown(path: str, destination: str, **options: Any) -> dict[str, Any]:
+    """Seconds of the fastest of several, since whatever else goes on makes them slower, and the highest peak."""
     import minimax_jax as mj
     from benchmarks.speed.rounds import peak_of
     from minimax_jax import synthetic
@@ -143,8 +146,11 @@ def _grown(path: str, destination: str, **options: Any) -> dict[str, Any]:
         synthetic.synthesize(f"{folder}/one", synthetic.config(real=True, layers=1, experts=1, vocab_size=1024))
         mj.convert(f"{folder}/one", f"{folder}/out")
     seconds: list[float] = []
-    peak_bytes = peak_of(lambda: seconds.append(timed(lambda: mj.convert(path, destination, **options))))
-    return {"seconds": seconds[0], "peak_bytes": peak_bytes}
+    peaks: list[int] = []
+    for place in (destination, *(f"{destination}-{again}" for again in range(_AGAIN))):
+        work = functools.partial(mj.convert, path, place, **options)
+        peaks.append(peak_of(lambda work=work: seconds.append(timed(work))))
+    return {"seconds": min(seconds), "peak_bytes": max(peaks)}
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
