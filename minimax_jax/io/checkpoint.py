@@ -24,10 +24,6 @@ INDEX_NAME = "model.safetensors.index.json"
 _T = TypeVar("_T")
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 DCP_SUFFIX = ".distcp"
-_OUT_OF_DCP = (
-    "convert the checkpoint that it was made from; or, if you trust it, load it into a model in torch "
-    "(torch_bridge.dcp.load) and write that (torch_bridge.save_hf)"
-)
 _REQUESTS_AT_A_TIME = 16
 
 
@@ -192,12 +188,9 @@ def _merge(path: Location, headers: list[Header], index_file: Location | None = 
 def _nothing_to_open(path: Location, listed: Iterable[Location]) -> Problem:
     listed = tuple(listed)
     if any(file.suffix == DCP_SUFFIX for file in listed):
-        what = (
-            "a checkpoint of torch.distributed.checkpoint: its table of contents is a pickle, which is never read here"
-        )
-        return Problem(
-            what=what, file=str(path), expected=f"{SUFFIX} files", got=f"{DCP_SUFFIX} files", remedy=_OUT_OF_DCP
-        )
+        what = "a part of a checkpoint of torch.distributed.checkpoint, or one whose writing was stopped"
+        expected = "a folder on this machine with .metadata in it, which torch writes last"
+        return Problem(what=what, file=str(path), expected=expected, remedy="give that folder, or save it again")
     pickles = [file.name for file in listed if file.suffix.lower() in PICKLES]
     if not pickles:
         remedy = f"give the folder that holds {INDEX_NAME} or {SINGLE_NAME}, or one {SUFFIX} file"

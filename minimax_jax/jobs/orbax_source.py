@@ -5,25 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
 
 from minimax_jax.errors import FormatError, Problem
 from minimax_jax.io import orbax
-from minimax_jax.io.beside import left_behind
-from minimax_jax.io.checkpoint import Checkpoint
-from minimax_jax.io.files import FileState, as_bytes
+from minimax_jax.io.array_reader import ArrayReader
+from minimax_jax.io.files import FileState
 from minimax_jax.io.header import TensorInfo
-from minimax_jax.io.location import Location
 from minimax_jax.io.orbax_rows import Rows
-from minimax_jax.io.reader import Reader
-from minimax_jax.io.source import OpenFile
-from minimax_jax.jobs.left_out import set_aside
+from minimax_jax.jobs.array_source import source_of_arrays
 from minimax_jax.jobs.source import Source
-from minimax_jax.layout.check import survey
-from minimax_jax.layout.config import MiniMaxConfig
-from minimax_jax.layout.specs import TensorSpec
 from minimax_jax.paths import path_of
 
 
@@ -38,7 +28,7 @@ def open_orbax(path: str | Path, *, ignore: Collection[str] = (), leave_out: Col
         leave_out: as in `open_source`.
 
     Returns:
-        A source as any other; the file of a tensor is the checkpoint's folder and its name.
+        As `source_of_arrays`.
 
     Raises:
         ConfigError: config.json is missing, malformed or describes something unsupported.
@@ -48,35 +38,23 @@ def open_orbax(path: str | Path, *, ignore: Collection[str] = (), leave_out: Col
     """
     folder = path_of(path)
     arrays = orbax.describe(folder)
-    config = MiniMaxConfig.from_pretrained(folder, ignore=ignore)
-    tensors = {key: _info(array) for key, array in arrays.items()}
-    states: dict[Location, FileState] = {folder: _state(folder)}
-    checkpoint = Checkpoint(path=folder, tensors=tensors, metadata={}, files=(), index_file=None, states=states)
-    checkpoint, left_out = set_aside(checkpoint, config, leave_out)
-    checked = survey(checkpoint.tensors, config)
-    return Source(
-        path=folder,
-        checkpoint=checkpoint,
-        config=config,
-        survey=checked,
-        sidecar={},
-        left_out=left_out,
-        left_behind=left_behind(folder, orbax.trees(folder)),
+    return source_of_arrays(
+        folder,
+        [(array.key, array.dtype, array.shape) for array in arrays.values()],
+        {folder: _state(folder)},
+        used=orbax.trees(folder),
         open_reader=OrbaxReader,
+        ignore=ignore,
+        leave_out=leave_out,
     )
 
 
-class OrbaxReader(Reader):
-    """Reads the arrays of an Orbax checkpoint that `open_orbax` has opened; they have no memory maps to be viewed."""
+class OrbaxReader(ArrayReader):
+    """Reads the arrays of an Orbax checkpoint that `open_orbax` has opened."""
 
-    def _open(self, file: Location) -> OpenFile:
-        info = self.checkpoint.tensors[file.name]
-        return _Array(Rows(Path(str(self.checkpoint.path)), info.key), info)
-
-    def read_region(self, info: TensorInfo, region: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """A box of an array, as a fresh array; only the chunks that hold it are read."""
-        with self._handles.use(info.file) as opened:
-            return opened.read_region(region) if isinstance(opened, _Array) else super().read_region(info, region)
+    def boxes(self, info: TensorInfo) -> Rows:
+        """An array, through TensorStore."""
+        return Rows(Path(str(self.checkpoint.path)), info.key)
 
     def require_unchanged(self) -> None:
         """Check that no file of the checkpoint was written to, replaced or lost meanwhile; raises a FormatError."""
@@ -86,48 +64,9 @@ class OrbaxReader(Reader):
                 raise FormatError(Problem(what=what, file=str(folder), remedy=remedy))
 
 
-class _Array:
-    """The bytes of one array in row-major order, as those of a file."""
-
-    def __init__(self, rows: Rows, info: TensorInfo):
-        self.state = FileState(nbytes=info.nbytes, tag="Orbax")
-        self._rows, self._shape = rows, info.shape
-        self._row_bytes = info.nbytes // (info.shape[0] if info.shape else 1)
-        self._last: tuple[int, int, memoryview] = (0, 0, memoryview(b""))
-
-    def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` from position `start` on, from the rows that hold it."""
-        first = start // self._row_bytes
-        stop = -(-(start + buffer.nbytes) // self._row_bytes)
-        low, high, held = self._last  # short reads come one after another from the same rows
-        if not low <= first < stop <= high:
-            rows = self._rows.read(first, stop) if self._shape else self._rows.read_region(())
-            low, high, held = first, stop, as_bytes(rows)
-            self._last = (low, high, held) if stop - first == 1 else self._last
-        offset = start - low * self._row_bytes
-        buffer[:] = held[offset : offset + buffer.nbytes]
-
-    def read_region(self, region: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """A box of it."""
-        return self._rows.read_region(region)
-
-    def require_unchanged(self) -> None:
-        """Its reader looks after the files of all arrays at once."""
-
-    def close(self) -> None:
-        """Nothing is held open."""
-
-
 def _state(folder: Path) -> FileState:
     """The state of all files of a checkpoint as one."""
     files = [(str(file), FileState.at(file)) for file in sorted(folder.rglob("*")) if file.is_file()]
     listed = "\n".join(f"{name}: {state}" for name, state in files)
     digest = hashlib.sha256(listed.encode()).hexdigest()
     return FileState(nbytes=sum(state.nbytes for _, state in files), tag=f"files {digest[:16]}")
-
-
-def _info(array: orbax.Stored) -> TensorInfo:
-    nbytes = TensorSpec(array.key, array.shape, array.dtype).nbytes
-    return TensorInfo(
-        key=array.key, dtype=array.dtype, shape=array.shape, file=array.file / array.key, start=0, stop=nbytes
-    )

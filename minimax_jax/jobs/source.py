@@ -16,6 +16,7 @@ from minimax_jax.errors import ConfigError, FormatError, LayoutError, Problem, r
 from minimax_jax.io import source as places
 from minimax_jax.io.beside import LeftBehind, left_behind
 from minimax_jax.io.checkpoint import Checkpoint, open_checkpoint
+from minimax_jax.io.dcp import is_dcp
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.jsonfile import shown
 from minimax_jax.io.location import Location, locate
@@ -147,7 +148,8 @@ def open_source(path: str | Location, *, ignore: Collection[str] = (), leave_out
         path: a folder, or one safetensors file with a config.json beside it; or the URL of one: `hf://org/name`,
             `hf://org/name@revision`, `s3://bucket/folder`, `gs://`, `https://`, and others that fsspec knows. Of a hub
             repository, shards are fetched into the hub's cache when they are read; `?keep=N` behind its name keeps
-            at most N of them on disk at a time, and none for 0. A folder may also be an Orbax checkpoint.
+            at most N of them on disk at a time, and none for 0. A folder may also be an Orbax checkpoint, or one of
+            torch.distributed.checkpoint.
         ignore: attributes of config.json to leave unread.
         leave_out: what the names of further tensors begin with (`model.vision`), that are to be left out. MTP modules
             that config.json announces are left out by themselves; any other tensor that is not the model's is an error.
@@ -183,6 +185,10 @@ def _open(path: str | Location, ignore: Collection[str], leave_out: Collection[s
         from minimax_jax.jobs.orbax_source import open_orbax  # which is made of what is here
 
         return open_orbax(place, ignore=ignore, leave_out=leave_out)
+    if isinstance(place, Path) and is_dcp(place):
+        from minimax_jax.jobs.dcp_source import open_dcp
+
+        return open_dcp(place, ignore=ignore, leave_out=leave_out)
     checkpoint = open_checkpoint(place)
     folder = place if places.is_folder(place) else place.parent
     config = _read_config(folder, ignore)

@@ -1,0 +1,330 @@
+"""Checkpoints of torch.distributed.checkpoint as sources: what torch saved is read here, without torch."""
+
+import contextlib
+import io
+import pickle
+import shutil
+import tracemalloc
+import warnings
+import zipfile
+
+import folders
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as tdcp
+from helpers import config, random_hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
+from torch_modules import SIZES
+
+import minimax_jax as mj
+import torch_bridge.dcp
+from minimax_jax.errors import ConfigError, FormatError, LayoutError, Problem
+from minimax_jax.io import dcp
+from minimax_jax.io.dcp_reader import ChunkedArray
+from minimax_jax.io.inert import read_pickle
+from minimax_jax.io.torch_archive import find_tensor
+from minimax_jax.jobs.source import open_source
+from torch_bridge.arrays import to_torch
+
+FILE = "__0_0.distcp"
+
+
+def saved(folder, tensors):
+    """A folder as torch saves it, by one process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that it is not distributed
+        tdcp.save(tensors, checkpoint_id=folder)
+    return folder
+
+
+def read(folder):
+    """Every tensor of a folder, whole, as plain values."""
+    contents = dcp.describe(folder)
+    arrays = {key: ChunkedArray(each, contents.states).read_region(()) for key, each in contents.tensors.items()}
+    return {key: plain(array) for key, array in arrays.items()}
+
+
+def plain(array):
+    return array.dtype.name, array.shape, array.tobytes()
+
+
+def plain_of(tensor):
+    """The same of torch's, by torch."""
+    content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), content
+
+
+def changed(folder, change):
+    """Have torch's own table of contents changed."""
+    file = folder / dcp.METADATA_NAME
+    table = pickle.loads(file.read_bytes())
+    change(table)
+    file.write_bytes(pickle.dumps(table))
+
+
+@pytest.fixture(scope="module")
+def odd_ones():
+    """Tensors that do not lie in memory row by row, of many dtypes, and what is no tensor."""
+    numbers = torch.arange(105.0).reshape(5, 3, 7)
+    dtypes = (torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+    whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    return {
+        **{str(dtype): numbers.to(dtype) for dtype in (*dtypes, *whole)},
+        "transposed": numbers.transpose(1, 2),
+        "turned": numbers.permute(2, 0, 1),
+        "part of another": numbers[1:3, :, 2:5],
+        "repeated": numbers[:, :1].expand(5, 4, 7),
+        "number": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(odd_ones, tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("odd") / "dcp", {**odd_ones, "step": 3, "name": "x"})
+
+
+def test_what_torch_saved_is_read_whatever_way_it_lies(odd_ones, folder):
+    assert read(folder) == {key: plain_of(tensor) for key, tensor in odd_ones.items()}
+    assert set(dcp.describe(folder).objects) == {"step", "name"}
+
+
+@pytest.mark.parametrize("key", ["transposed", "turned", "part of another", "repeated"])
+def test_boxes_are_read(odd_ones, folder, key):
+    contents = dcp.describe(folder)
+    array = ChunkedArray(contents.tensors[key], contents.states)
+    for region in ((slice(1, 2),), (slice(0, 2), slice(1, 3)), (slice(1, 2), slice(0, 1), slice(1, 3)), (slice(1, 1),)):
+        assert np.array_equal(array.read_region(region), odd_ones[key].numpy()[region])
+
+
+# ---- a whole model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model by Hugging Face names with what a training saves beside it: as safetensors, and as torch saves it."""
+    root, cfg = tmp_path_factory.mktemp("model"), config(**SIZES)
+    folders.write(root / "hf", random_hf(cfg), cfg)
+    tensors = {key: to_torch(array.copy()) for key, array in folders.arrays(root / "hf").items()}
+    saved(root / "dcp", {**tensors, "optim": {"step": torch.tensor(1.0), "lr": 0.1}})
+    shutil.copy(root / "hf" / "config.json", root / "dcp")
+    return root
+
+
+def test_a_training_checkpoint_is_a_source_as_any_other(model, tmp_path):
+    source, how = model / "dcp", {"leave_out": ["optim."]}
+    assert mj.verify(source, model / "hf", by="bytes", **how).good
+    seen = mj.inspect(source, **how)
+    assert seen.layout == "hf" and [each.name for each in open_source(source, **how).left_behind] == ["optim.lr"]
+    mj.convert(source, tmp_path / "native", dtype="fp8", **how)
+    assert mj.verify(tmp_path / "native", model / "hf").good
+    with pytest.raises(LayoutError, match=r"optim\.step"):
+        mj.inspect(source)
+
+
+def test_rows_of_it_are_read_by_a_reader(model):
+    source = open_source(model / "dcp", leave_out=["optim."])
+    want = folders.arrays(model / "hf")
+    with source.reader() as reader:
+        for key, info in source.checkpoint.tensors.items():
+            rows = reader.read(info, 1, info.shape[0])
+            assert rows.tobytes() == want[key][1:].tobytes()
+            last = bytearray(3)
+            reader.read_into(info.file, info.nbytes - 3, last)
+            assert bytes(last) == want[key].tobytes()[-3:]
+
+
+def test_without_a_config_the_file_is_named(folder):
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        mj.inspect(folder)
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(model, tmp_path):
+    source = open_source(shutil.copytree(model / "dcp", tmp_path / "dcp"), leave_out=["optim."])
+    with pytest.raises(FormatError, match="changed or replaced"), source.reader():
+        (tmp_path / "dcp" / dcp.METADATA_NAME).touch()
+
+
+# ---- damage
+
+
+def lose_a_file(folder):
+    (folder / FILE).rename(folder / "other.distcp")
+
+
+def cut_a_file(folder):
+    with (folder / FILE).open("r+b") as file:
+        file.truncate((folder / FILE).stat().st_size // 2)
+
+
+def cut_the_table(folder):
+    file = folder / dcp.METADATA_NAME
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def lose_a_chunk(folder):
+    changed(folder, lambda table: table.state_dict_metadata["turned"].chunks.clear())
+
+
+def repeat_a_chunk(folder):
+    changed(folder, lambda table: table.state_dict_metadata["turned"].chunks.append(_half(table)))
+
+
+def _half(table):
+    index = MetadataIndex("turned", (6, 0, 0))
+    table.storage_data[index] = table.storage_data[MetadataIndex("turned", (0, 0, 0))]
+    return ChunkStorageMetadata(torch.Size((6, 0, 0)), torch.Size((1, 5, 3)))
+
+
+def store_a_chunk_nowhere(folder):
+    changed(folder, lambda table: table.storage_data.pop(MetadataIndex("turned", (0, 0, 0))))
+
+
+def leave_the_folder(folder):
+    changed(folder, lambda table: setattr(next(iter(table.storage_data.values())), "relative_path", "../x.distcp"))
+
+
+def compress(folder):
+    changed(folder, lambda table: setattr(next(iter(table.storage_data.values())), "transform_descriptors", ["zstd"]))
+
+
+def make_it_no_table(folder):
+    changed(folder, lambda table: table.__setattr__("state_dict_metadata", [BytesStorageMetadata()]))
+
+
+DAMAGE = {
+    lose_a_file: "missing",
+    cut_a_file: "truncated",
+    cut_the_table: "table of contents cannot be read",
+    lose_a_chunk: "gaps or overlaps",
+    repeat_a_chunk: "gaps or overlaps",
+    store_a_chunk_nowhere: "stored nowhere",
+    leave_the_folder: "no file of the folder",
+    compress: "extension",
+    make_it_no_table: "no tables of tensors",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_damage_is_named_before_anything_is_read(folder, tmp_path, damage):
+    copy = shutil.copytree(folder, tmp_path / "dcp")
+    damage(copy)
+    with pytest.raises(FormatError, match=DAMAGE[damage]):
+        dcp.describe(copy)
+
+
+def test_a_chunk_that_is_another_than_the_table_says_is_refused(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "dcp")
+
+    def swap(table):
+        one, other = (MetadataIndex(f"torch.{dtype}", (0, 0, 0)) for dtype in ("int8", "uint8"))
+        table.storage_data[one], table.storage_data[other] = table.storage_data[other], table.storage_data[one]
+
+    changed(copy, swap)
+    with pytest.raises(FormatError, match="another chunk than the table of contents says") as caught:
+        read(copy)
+    assert "I8 [5, 3, 7]" in str(caught.value) and "U8 [5, 3, 7]" in str(caught.value)
+
+
+class InMemory:
+    """A file that is only bytes."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def read_into(self, start, buffer):
+        found = self.content[start : start + buffer.nbytes] if start >= 0 else b""
+        if len(found) != buffer.nbytes:
+            raise FormatError(Problem(what="the bytes end here"))
+        buffer[:] = found
+
+
+def archive_of(tensor):
+    stream = io.BytesIO()
+    torch.save(tensor, stream)
+    return stream.getvalue()
+
+
+ARCHIVE = archive_of(torch.arange(6, dtype=torch.int16).reshape(2, 3).T)
+
+
+def read_archive(content):
+    opened = InMemory(b"before" + content + b"behind")
+    found = find_tensor(opened, 6, 6 + len(content), file="f", key="k")
+    return found.read(opened, tuple(slice(0, size) for size in found.shape))
+
+
+def by_torch(content):
+    """What torch's safe loader makes of an archive; it says of damage what it likes."""
+    try:
+        return plain_of(torch.load(io.BytesIO(content), weights_only=True))
+    except Exception:
+        return "damaged"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, len(ARCHIVE) - 1), st.integers(0, 255)), min_size=1, max_size=3))
+def test_an_archive_with_other_bytes_is_an_error_or_what_torch_reads(changes):
+    content = bytearray(ARCHIVE)
+    for place, byte in changes:
+        content[place] = byte
+    with contextlib.suppress(FormatError):
+        ours = read_archive(bytes(content))
+        assert by_torch(content) in (plain(ours), "damaged")
+
+
+# ---- pickles
+
+
+class Runs:
+    """Python's own loader leaves a file behind as it reads this."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+def test_nothing_that_a_table_names_is_run(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "dcp")
+    mark = tmp_path / "it-ran"
+    changed(copy, lambda table: setattr(table, "planner_data", Runs(mark)))
+    assert dcp.describe(copy).tensors.keys() == dcp.describe(folder).tensors.keys()  # that part of it is of no use here
+    with pytest.raises(FormatError, match="would run code"):
+        torch_bridge.dcp.load({}, copy)
+    assert not mark.exists()
+    with contextlib.closing(pickle.loads((copy / dcp.METADATA_NAME).read_bytes()).planner_data):
+        assert mark.exists()
+
+
+def test_nothing_that_an_archive_names_is_run(tmp_path):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(ARCHIVE)) as archive, zipfile.ZipFile(stream, "w") as other:
+        for name in archive.namelist():
+            pickled = name.endswith("data.pkl")
+            other.writestr(name, pickle.dumps(Runs(tmp_path / "it-ran"), 2) if pickled else archive.read(name))
+    with pytest.raises(FormatError, match="not the description of a plain tensor"):
+        read_archive(stream.getvalue())
+    assert not (tmp_path / "it-ran").exists()
+
+
+DEEP = b"\x80\x02})" + b"\x85" * 500_000 + b"Ns."
+ROOM = b"\x80\x02Nr\xff\xff\xff\xff."
+BYTES = b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"."
+
+
+@pytest.mark.parametrize(("content", "what"), [(DEEP, "by name"), (ROOM, None), (BYTES, "KeyError"), (b"", "EOFError")])
+def test_pickles_that_are_made_to_harm_do_none(content, what):
+    """A key so deep that hashing it ends the process, room for four thousand million references, or for a terabyte."""
+    expected = contextlib.nullcontext() if what is None else pytest.raises(FormatError, match=what)
+    tracemalloc.start()
+    try:
+        with expected:
+            read_pickle(content, file="f", what="it")
+        assert tracemalloc.get_traced_memory()[1] < 2**27
+    finally:
+        tracemalloc.stop()
