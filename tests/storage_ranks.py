@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch_modules import tensors_of
 
+import minimax_jax as mj
 from minimax_jax.errors import CheckpointError, JobError, LayoutError, NumericError, Problem
 from minimax_jax.io import folder as folder_io
 from minimax_jax.jobs.team import PeerFailed
@@ -237,6 +238,7 @@ def dcp_round_trip(_sources, folder):
         got = blank(want)
         tdcp.load(got, checkpoint_id=path)
         assert differences(got, want) == []
+        assert differences(tensors_of(mj.read_tree(path)), want) == []
 
 
 @scenario

@@ -100,7 +100,7 @@ def test_a_card_on_a_server_is_told_apart_as_well(made, tmp_path):
     assert (tmp_path / "theirs" / CARD).read_text() == "theirs"
 
 
-@pytest.mark.parametrize("to", ["hf-fp8", "orbax"])
+@pytest.mark.parametrize("to", ["hf-fp8", "orbax", "dcp"])
 def test_the_command_leaves_a_certificate_that_holds_and_a_card_that_names_it(made, tmp_path, to):
     told, _ = run_json("convert", made, tmp_path / "out", "--to", to)
     assert mj.verify(tmp_path / "out", certificate=tmp_path / "out" / CERTIFICATE).good

@@ -79,6 +79,7 @@ def test_torchs_loader_reads_what_was_streamed(sources, tmp_path, source, dtype)
         mj.convert(sources / "bf16", tmp_path / "like", to="native", dtype="f32")
         like = tmp_path / "like"
     assert differences(read(tmp_path / "dcp", like), stored(like)) == []
+    assert mj.verify(tmp_path / "dcp", like, by="bytes").good
     assert report.tensors == len(folders.stored(like)) and report.destination == tmp_path / "dcp"
     assert moments[-1].done_bytes == moments[-1].total_bytes == report.read_bytes
     assert report.kept_scales == (32 if (source, dtype) == ("bf16", "F8_E4M3") else 0) and report.fresh_scales == ()

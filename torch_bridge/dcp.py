@@ -1,7 +1,4 @@
-"""Native tensors to and from folders of `torch.distributed.checkpoint`.
-
-torch keeps the table of contents of such a folder as a pickle: load only folders that you trust.
-"""
+"""Native tensors to and from folders of `torch.distributed.checkpoint`."""
 
 from __future__ import annotations
 
@@ -11,11 +8,12 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystemReader
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from minimax_jax.errors import CheckpointError, FormatError, JobError, LayoutError, Problem, raise_if
@@ -25,6 +23,7 @@ from minimax_jax.io.journal import Journal, has_records
 from minimax_jax.io.jsonfile import write_json_atomic
 from minimax_jax.jobs.budget import peak_bytes, require_workers
 from minimax_jax.jobs.card import add_side_files, require_side_files
+from minimax_jax.jobs.certifying import certify_unnamed
 from minimax_jax.jobs.records import Check, noted, quantised
 from minimax_jax.jobs.run import Report
 from minimax_jax.jobs.scales import scale_remarks
@@ -38,6 +37,7 @@ from minimax_jax.progress import Progress, Ticker
 from torch_bridge import ranks
 from torch_bridge.chunks import Maker, Unit, plan_units
 from torch_bridge.dcp_items import Items, Spot, chunks_by_file
+from torch_bridge.dcp_reader import Reader
 from torch_bridge.dcp_writer import Files, Nameless, Planner
 
 _CONFIG, _METADATA = "config.json", ".metadata"
@@ -78,10 +78,10 @@ def load(tensors: Mapping[str, torch.Tensor], path: str | Path) -> None:
     """
     path = path_of(path)
     with _own_errors(FormatError, "no checkpoint can be opened here", path):
-        metadata = FileSystemReader(path).read_metadata()
+        metadata = Reader(path).read_metadata()
     raise_if(_misfits(tensors, metadata, path), LayoutError)
     with _quiet(), _own_errors(FormatError, "checkpoint cannot be read", path):
-        state_dict_loader.load(dict(tensors), checkpoint_id=path)
+        state_dict_loader.load(dict(tensors), storage_reader=Reader(path))
 
 
 def plan(source: Source, *, dtype: str, max_memory_bytes: int, workers: int) -> StreamedPlan:
@@ -117,6 +117,7 @@ def write(
     workers: int,
     check: Check = "sample",
     restart: bool = False,
+    certify: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Convert an opened checkpoint to a folder of native tensors, a few experts at a time.
@@ -136,6 +137,7 @@ def write(
         workers: conversions at a time.
         check: which units to read back from the disk before the folder takes its name.
         restart: throw away what an earlier run left, instead of going on with it.
+        certify: read all of it again at the end, and leave a certificate in it.
         progress: called on the calling thread as each unit is handed over to be written.
 
     Raises:
@@ -167,19 +169,23 @@ def write(
         written_bytes = sum(file.stat().st_size for file in (folder / _METADATA, *folder.glob(f"*{DEFAULT_SUFFIX}")))
         add_side_files(source, folder, form="dcp", dtype=dtype)
         write_json_atomic(folder / _CONFIG, _config(source, dtype).to_dict())
+        seconds = ticker.seconds
+        how: dict[str, Any] = {"ignore": source.config.extra, "workers": workers, "progress": progress}
+        certified = certify_unnamed(folder, Path(destination), **how) if certify else None
     kept, fresh = quantised(items.records)
     return Report(
         destination=Path(destination),
         tensors=_tensors(units),
         read_bytes=sum(unit.read_bytes for unit in units),
         written_bytes=written_bytes,
-        seconds=ticker.seconds,
+        seconds=seconds,
         kept_scales=kept,
         fresh_scales=fresh,
         read_tensors=len(source.checkpoint.tensors),
         remarks=tuple(scale_remarks(source, dtype, beside=False, all_fresh=bool(fresh) and not kept)),
         left_out=source.left_out,
         left_behind=source.left_behind,
+        certified=certified,
     )
 
 

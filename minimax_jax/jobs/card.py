@@ -14,6 +14,7 @@ from minimax_jax.errors import JobError, Problem, raise_if
 from minimax_jax.io import source as places
 from minimax_jax.io.beside import side_files
 from minimax_jax.io.cards import CARD_MARK, CARD_NAME, CERTIFICATE_NAME, own_card
+from minimax_jax.io.dcp import is_dcp
 from minimax_jax.io.files import io_errors
 from minimax_jax.io.jsonfile import write_text_atomic
 from minimax_jax.io.location import Location
@@ -128,13 +129,20 @@ def certified_card(source: Source, folder: Path, sha256: str, origin: str | None
         return None
     text, was = said or "", source.survey
     return Card(
-        form="orbax" if was.layout == "native" and is_orbax(file.parent) else was.layout,
+        form=_form(was.layout, folder),
         weights=_weights(was),
         others=_others(was),
         base=_repository(origin) or _base(text),
         made_from=_said(text, _FROM),
         sha256=sha256,
     )
+
+
+def _form(layout: str, folder: Path) -> str:
+    """The target that writes such a folder."""
+    if layout != "native":
+        return layout
+    return "orbax" if is_orbax(folder) else "dcp" if is_dcp(folder) else layout
 
 
 def _converted(source: Source, form: str, dtype: str) -> Card:

@@ -122,7 +122,7 @@ def convert(
         check: which units to read back from the disk at the end: `none`, `sample` (the default), `all`.
         restart: throw away the unfinished work of an earlier run instead of going on with it.
         certify: read all of the output again at the end, and leave `certificate.json` in it, and a card that names it;
-            the command line does so unless it is told not to. Not of `dcp`, nor with `distributed`.
+            the command line does so unless it is told not to. Not with `distributed`.
         distributed: share the work with the other processes of `jax.distributed`; see `jobs.team.distributed_team`.
         ignore: as in `plan`.
         leave_out: as in `plan`.
@@ -150,7 +150,7 @@ def convert(
         require_known(to, shard_bytes=shard_bytes, distributed=distributed, goes_on=goes_on(write), **asked)
         source = open_source(path, ignore=ignore, leave_out=leave_out)
         how: dict[str, Any] = asked | {"check": check or "sample"} if goes_on(write) else {}
-        how |= {"certify": True} if certify else {}  # which only targets of this package know of
+        how |= {"certify": True} if certify else {}
         how |= {"max_memory_bytes": max_memory_bytes, "workers": workers, "progress": progress}
         return write(source, Path(destination), dtype=chosen.dtype, **how)
     from minimax_jax.jobs.run import run

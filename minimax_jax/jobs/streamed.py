@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 GROUP = "minimax_jax.targets"
 """Entry points of this group are functions that write a checkpoint in another form. Each is called with an opened
 source and the destination, and by keyword with what `convert` got: dtype (by format name), max_memory_bytes, workers,
-progress, and check and restart where it has such parameters (see `goes_on`); it returns a Report. A function `plan` in
-the same module is called with the source, and by keyword with dtype, max_memory_bytes and workers; it returns a
-StreamedPlan."""
+progress, and check, restart and certify where it has such parameters (see `goes_on`, `certifies`); it returns a Report.
+A function `plan` in the same module is called with the source, and by keyword with dtype, max_memory_bytes and workers;
+it returns a StreamedPlan."""
 
 _OWN: Mapping[str, tuple[str, Layout]] = {
     "orbax": ("", "native"),
@@ -86,11 +86,6 @@ def streamed_layout(name: str) -> Layout:
     return _OWN[name][1] if name in _OWN else "native"
 
 
-def is_source(name: str) -> bool:
-    """Whether what a target writes can be opened again: what other packages write cannot."""
-    return name in _OWN or name not in streamed_targets()
-
-
 def load_target(name: str) -> Callable[..., Report]:
     """The function that writes a further target.
 
@@ -103,6 +98,11 @@ def load_target(name: str) -> Callable[..., Report]:
 def goes_on(write: Callable[..., Report]) -> bool:
     """Whether a function that writes a further target goes on after a stop: then it takes `check` and `restart`."""
     return {"check", "restart"} <= inspect.signature(write).parameters.keys()
+
+
+def certifies(write: Callable[..., Report]) -> bool:
+    """Whether a function that writes a further target can leave a certificate in it: then it takes `certify`."""
+    return "certify" in inspect.signature(write).parameters
 
 
 def load_planner(name: str) -> Callable[..., StreamedPlan]:

@@ -91,9 +91,12 @@ def why_uncertified(to: str, *, distributed: bool = False) -> str | None:
     Args:
         to: the target.
         distributed: whether several processes share the work.
+
+    Raises:
+        JobError: something is not installed that the target takes.
     """
-    if not streamed.is_source(to):
-        return f"nothing here reads {to} again"
+    if to in streamed.streamed_targets() and not streamed.certifies(streamed.load_target(to)):
+        return f"the package that writes {to} makes none"
     if distributed:
         return "several processes write it: run `push` or `verify` when all of them have ended"
     return None
@@ -109,6 +112,7 @@ def require_certifiable(to: str, *, distributed: bool = False, asked: str = "cer
 
     Raises:
         RequestError: it cannot.
+        JobError: as `why_uncertified`.
     """
     why = why_uncertified(to, distributed=distributed)
     if why is not None:
