@@ -1,5 +1,6 @@
 """Several processes that share one conversion, under jax.distributed on this machine."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,10 @@ import os, sys
 from minimax_jax import cli
 from minimax_jax.errors import FormatError, Problem
 from minimax_jax.io import points
-die_after = int(sys.argv.pop(1))
+moment, die_after = sys.argv.pop(1), int(sys.argv.pop(1))
 seen = []
 def die(name):
-    if name == "after the journal":
+    if name == moment:
         seen.append(name)
         if len(seen) == die_after:
             os.kill(os.getpid(), 9)
@@ -39,12 +40,12 @@ def source(tmp_path_factory):
     return folder
 
 
-def together(count, *command, die_after=None):
+def together(count, *command, die_after=None, moment="after the journal"):
     """Run a command in `count` processes that know of each other; the statuses they end with and what they said."""
     shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{members.free_port()}", "JAX_NUM_PROCESSES": str(count)}
     deaths = die_after or {}
     group = [
-        members.start("-c", MEMBER, deaths.get(index, -1), *command, **shared, JAX_PROCESS_ID=str(index))
+        members.start("-c", MEMBER, moment, deaths.get(index, -1), *command, **shared, JAX_PROCESS_ID=str(index))
         for index in range(count)
     ]
     if any(count > 0 for count in deaths.values()):  # until the coordinator misses its heartbeat
@@ -54,25 +55,35 @@ def together(count, *command, die_after=None):
     return members.finish(group)
 
 
+def alone(source, out):
+    """The files that one process leaves in the same place, and the digest that it reports."""
+    report = mj.convert(source, out, shard_bytes=300_000, certify=True)
+    files = folders.files(out)
+    shutil.rmtree(out)
+    return files, report.certified
+
+
 def test_processes_share_a_conversion_and_end_in_the_same_bytes(source, tmp_path):
+    files, certified = alone(source, tmp_path / "out")
     command = ("convert", source, tmp_path / "out", "--distributed", "--shard-size", "300KB", "--json")
     statuses, said = together(3, *command)
     assert statuses == [0, 0, 0], said
-    assert all('"certified": null' in stdout for stdout, _ in said)
-    mj.convert(source, tmp_path / "alone", shard_bytes=300_000)
-    assert folders.files(tmp_path / "out") == folders.files(tmp_path / "alone")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
+    assert all(f'"certified": "{certified}"' in stdout for stdout, _ in said)
+    assert folders.files(tmp_path / "out") == files and "certificate.json" in files
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_loss_of_a_process_is_survived_by_the_same_command(source, tmp_path):
+    files, _ = alone(source, tmp_path / "out")
     command = ("convert", source, tmp_path / "out", "--distributed", "--shard-size", "300KB", "--json")
     statuses, said = together(2, *command, die_after={1: 5})
     assert statuses[1] == -signal.SIGKILL, said
     assert not (tmp_path / "out").exists() and len(journals(workshop_of(tmp_path / "out"))) == 2
+    statuses, said = together(2, *command, die_after={0: 5}, moment="in the certification")
+    assert statuses[0] == -signal.SIGKILL and not (tmp_path / "out").exists(), said
     statuses, said = together(2, *command)
     assert statuses == [0, 0], said
-    mj.convert(source, tmp_path / "alone", shard_bytes=300_000)
-    assert folders.files(tmp_path / "out") == folders.files(tmp_path / "alone")
+    assert folders.files(tmp_path / "out") == files
 
 
 @pytest.mark.parametrize("which", [0, 1])

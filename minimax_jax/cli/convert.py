@@ -45,7 +45,7 @@ def convert(
     from minimax_jax.jobs import after, front, report
     from minimax_jax.jobs.loading import how_to_load
 
-    why = why_uncertified(bounds["to"], distributed=bounds["distributed"])
+    why = why_uncertified(bounds["to"])
     _require_possible(certify, url, bounds)
     if url is not None:
         after.require_pushable(url)
@@ -66,6 +66,7 @@ def _require_possible(certify: bool | None, url: str | None, bounds: Mapping[str
     """Refuse, before the long work, to certify or upload what cannot be; and to upload without a certificate."""
     if url is not None and certify is False:
         raise click.UsageError("--push uploads the certificate: leave out --no-certify")
+    if url is not None and bounds["distributed"]:
+        raise click.UsageError("--push is for one process: run `push` when all of them have ended")
     if url is not None or certify:
-        asked = "certify" if url is None else "push"
-        require_certifiable(bounds["to"], distributed=bounds["distributed"], asked=asked)
+        require_certifiable(bounds["to"], asked="certify" if url is None else "push")

@@ -14,6 +14,7 @@ from minimax_jax.jobs.card import certified_card
 from minimax_jax.jobs.certificate import write_certificate
 from minimax_jax.jobs.certified import read_certificate
 from minimax_jax.jobs.source import Source, open_source
+from minimax_jax.jobs.team import SOLO, Team
 from minimax_jax.jobs.verification import By, Digested
 from minimax_jax.jobs.verify import verify
 from minimax_jax.progress import Progress
@@ -44,6 +45,7 @@ def certify_unnamed(
     *,
     ignore: Collection[str],
     workers: int,
+    team: Team = SOLO,
     progress: Callable[[Progress], None] | None,
 ) -> str:
     """As `certify`, of a folder that is whole and about to take its name; the certificate has it under that name.
@@ -55,20 +57,24 @@ def certify_unnamed(
         destination: its name, as the user gave it.
         ignore: attributes of config.json to leave unread: those that were left unread of the source.
         workers: threads.
-        progress: called as the tensors are read.
+        team: the processes that share the reading, and all get the same; one of them writes.
+        progress: called as the tensors are read: those that fall to this process.
     """
 
     def listen(moment: Progress) -> None:
         points.reach("in the certification")
+        team.require_all_well(folder.parent)
         if progress is not None:
             progress(dataclasses.replace(moment, step="certify"))
 
     source = open_source(folder, ignore=ignore)
-    seen = verify(source, workers=workers, progress=listen)
+    seen = verify(source, workers=workers, team=team, progress=listen)
+    team.wait()  # nobody is to read any longer where one of them writes, and what takes another name then
     (found,) = seen.checkpoints
-    write_card(source, folder, found.sha256, None)
-    named = dataclasses.replace(seen, checkpoints=(dataclasses.replace(found, path=destination),))
-    write_certificate(folder / CERTIFICATE_NAME, named)
+    if team.leads:
+        write_card(source, folder, found.sha256, None)
+        named = dataclasses.replace(seen, checkpoints=(dataclasses.replace(found, path=destination),))
+        write_certificate(folder / CERTIFICATE_NAME, named)
     return found.sha256
 
 

@@ -122,7 +122,7 @@ def convert(
         check: which units to read back from the disk at the end: `none`, `sample` (the default), `all`.
         restart: throw away the unfinished work of an earlier run instead of going on with it.
         certify: read all of the output again at the end, and leave `certificate.json` in it, and a card that names it;
-            the command line does so unless it is told not to. Not with `distributed`.
+            the command line does so unless it is told not to.
         distributed: share the work with the other processes of `jax.distributed`; see `jobs.team.distributed_team`.
         ignore: as in `plan`.
         leave_out: as in `plan`.
@@ -142,7 +142,7 @@ def convert(
     """
     chosen = target(to, dtype)
     if certify:
-        require_certifiable(to, distributed=distributed)
+        require_certifiable(to)
     require_apart(path, destination)
     if to in streamed_targets():
         write = load_target(to)

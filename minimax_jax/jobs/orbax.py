@@ -148,15 +148,14 @@ def save(native: Mapping[str, Leaf], config: MiniMaxConfig, folder: str | Path) 
     is_fp8 = "F8_E4M3" in checked.dtypes.values()
     told = config.replace(weight_block_size=config.block if is_fp8 else None)
     team = present_team()
-    with team.standing_together(workshop_of(path)):
-        with appearing(path) if team.leads else nullcontext(workshop_of(path) / path.resolve().name) as folder:
-            if team.leads:
-                folder.rmdir()  # Orbax makes it
-            team.wait()
-            orbax.save(folder, tensors)
-            if team.leads:
-                write_json_atomic(folder / CONFIG_NAME, told.to_dict())
+    ours = appearing(path) if team.leads else nullcontext(workshop_of(path) / path.resolve().name)
+    with team.standing_together(workshop_of(path)), ours as folder:
+        if team.leads:
+            folder.rmdir()  # Orbax makes it
         team.wait()
+        orbax.save(folder, tensors)
+        if team.leads:
+            write_json_atomic(folder / CONFIG_NAME, told.to_dict())
 
 
 def read(

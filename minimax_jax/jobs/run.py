@@ -92,9 +92,9 @@ def run(
         destination: a folder that does not exist yet, or is empty.
         check: which units to read back from the disk before the destination takes its name.
         restart: throw away what an earlier run left, instead of going on with it.
-        certify: read all of it again at the end, and leave a certificate in it; for a process alone.
+        certify: read all of it again at the end, and leave a certificate in it.
         team: the processes that share the work; all of them call this with the same arguments.
-        progress: called on the calling thread after each unit.
+        progress: called on the calling thread after each unit that falls to this process.
 
     Raises:
         JobError: the destination is taken, the disk too small, a write failed; the unfinished work of another job
@@ -104,12 +104,10 @@ def run(
     """
     ticker = Ticker(plan.read_bytes, progress)
     mine = _stamp(plan)
-    with team.standing_together(workshop_of(destination)):
-        with _folder(destination, team, restart=restart) as folder:
-            worker = _fill(plan, folder, mine, check, team, ticker)
-            seconds = ticker.seconds
-            certified = _certify(plan, folder, Path(destination), progress) if certify else None
-        team.wait()
+    with team.standing_together(workshop_of(destination)), _folder(destination, team, restart=restart) as folder:
+        worker = _fill(plan, folder, mine, check, team, ticker)
+        seconds = ticker.seconds
+        certified = _certify(plan, folder, Path(destination), team, progress) if certify else None
     return dataclasses.replace(_report(plan, Path(destination), seconds, worker.records), certified=certified)
 
 
@@ -173,9 +171,12 @@ def _finish(worker: Worker, folder: Path, mine: Mapping[str, str], check: Check)
     write_json_atomic(folder / "config.json", plan.config.to_dict())
 
 
-def _certify(plan: Plan, folder: Path, destination: Path, progress: Callable[[Progress], None] | None) -> str:
+def _certify(
+    plan: Plan, folder: Path, destination: Path, team: Team, progress: Callable[[Progress], None] | None
+) -> str:
+    team.wait()  # the files are whole
     unread = plan.source.config.extra
-    return certify_unnamed(folder, destination, ignore=unread, workers=plan.workers, progress=progress)
+    return certify_unnamed(folder, destination, ignore=unread, workers=plan.workers, team=team, progress=progress)
 
 
 def _stamp(plan: Plan) -> dict[str, str]:

@@ -85,36 +85,29 @@ def require_known(
     )
 
 
-def why_uncertified(to: str, *, distributed: bool = False) -> str | None:
+def why_uncertified(to: str) -> str | None:
     """Why a conversion leaves no certificate, in words; None where it can.
-
-    Args:
-        to: the target.
-        distributed: whether several processes share the work.
 
     Raises:
         JobError: something is not installed that the target takes.
     """
     if to in streamed.streamed_targets() and not streamed.certifies(streamed.load_target(to)):
         return f"the package that writes {to} makes none"
-    if distributed:
-        return "several processes write it: run `push` or `verify` when all of them have ended"
     return None
 
 
-def require_certifiable(to: str, *, distributed: bool = False, asked: str = "certify") -> None:
-    """Refuse, before the long work, what reads the output again where this process cannot.
+def require_certifiable(to: str, *, asked: str = "certify") -> None:
+    """Refuse, before the long work, what reads the output again where nothing can.
 
     Args:
         to: the target.
-        distributed: whether several processes share the work.
         asked: the argument that asks for it.
 
     Raises:
         RequestError: it cannot.
         JobError: as `why_uncertified`.
     """
-    why = why_uncertified(to, distributed=distributed)
+    why = why_uncertified(to)
     if why is not None:
         raise RequestError(Problem(what=f"{argument(asked)} reads the output again", got=why, remedy="leave it out"))
 

@@ -17,13 +17,16 @@ from minimax_jax.errors import JobError, Problem
 FAILED = ".failed"
 """The file in a workshop by which a process tells the others that it cannot go on."""
 
+_FAILS = -1
+"""Told in place of a length."""
+
 
 class PeerFailed(JobError):
     """Another process of the team has failed, and says itself why."""
 
 
-def _alone(fails: bool) -> bool:
-    return fails
+def _alone(told: bytes | None) -> list[bytes] | None:
+    return None if told is None else [told]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,12 +36,13 @@ class Team:
     Attributes:
         index: which of them this process is; 0 leads.
         count: how many they are.
-        any_fails: waits for all of them to call it, and tells whether one of them said that it fails.
+        gather: waits for all of them to call it; what each of them told, in their order, or None where one of them told
+            None: that it fails.
     """
 
     index: int = 0
     count: int = 1
-    any_fails: Callable[[bool], bool] = _alone
+    gather: Callable[[bytes | None], list[bytes] | None] = _alone
 
     @property
     def leads(self) -> bool:
@@ -51,8 +55,15 @@ class Team:
         Raises:
             PeerFailed: one of them will not.
         """
-        if self.any_fails(False):
-            raise _peer_failed()
+        self.share(b"")
+
+    def share(self, told: bytes) -> list[bytes]:
+        """As `wait`; what each of them tells the others, in their order."""
+        with uninterrupted():
+            found = self.gather(told)
+            if found is None:  # whoever is told so takes part in nothing more, stopped meanwhile or not
+                raise _peer_failed()
+        return found
 
     def require_all_well(self, workshop: Path) -> None:
         """Raise a PeerFailed if another process has said that it cannot go on."""
@@ -61,7 +72,7 @@ class Team:
 
     @contextmanager
     def standing_together(self, workshop: Path) -> Iterator[None]:
-        """A context that all of them leave by an error when one does, soon and without a deadlock."""
+        """A context that all of them leave together; by an error when one does, soon and without a deadlock."""
         try:
             yield
         except PeerFailed:
@@ -70,8 +81,10 @@ class Team:
             if self.count > 1:
                 with suppress(OSError):
                     (workshop / FAILED).touch()
-                self.any_fails(True)
+                with uninterrupted():
+                    self.gather(None)
             raise
+        self.wait()  # who is stopped while it waits here leaves nobody waiting
 
 
 SOLO = Team()
@@ -105,7 +118,7 @@ def present_team() -> Team:
 
     if jax.process_count() == 1:
         return SOLO
-    return Team(index=jax.process_index(), count=jax.process_count(), any_fails=_any_fails)
+    return Team(index=jax.process_index(), count=jax.process_count(), gather=_gather)
 
 
 def distributed_team() -> Team:
@@ -129,18 +142,26 @@ def distributed_team() -> Team:
             )
             problem = Problem(what="no group of processes can be formed", got=str(error), remedy=remedy)
             raise JobError(problem) from error
-    return Team(index=jax.process_index(), count=jax.process_count(), any_fails=_any_fails)
+    return Team(index=jax.process_index(), count=jax.process_count(), gather=_gather)
 
 
 def _number(text: str | None) -> int | None:
     return None if text is None else int(text)
 
 
-def _any_fails(fails: bool) -> bool:
-    from jax.experimental import multihost_utils
+def _gather(told: bytes | None) -> list[bytes] | None:
+    """`Team.gather` by collectives of jax: first how long each text is, then the texts, where there are any."""
+    from jax.experimental.multihost_utils import process_allgather
 
-    with uninterrupted():
-        return bool(multihost_utils.process_allgather(np.int32(fails)).any())
+    lengths = process_allgather(np.int32(_FAILS if told is None else len(told)))
+    if told is None or lengths.min() == _FAILS:
+        return None
+    if not lengths.any():
+        return [b""] * len(lengths)
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(told)] = np.frombuffer(told, np.uint8)
+    rows = process_allgather(padded)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
 
 def _peer_failed() -> PeerFailed:

@@ -25,7 +25,9 @@ from minimax_jax.jobs.held import Held, hold
 from minimax_jax.jobs.look import Look, look_at, pieces, room_bytes
 from minimax_jax.jobs.numbers import merged
 from minimax_jax.jobs.sample import Sample, draw
+from minimax_jax.jobs.shared import shared
 from minimax_jax.jobs.source import Source
+from minimax_jax.jobs.team import SOLO, Team
 from minimax_jax.jobs.verification import By, Digested, LayerSummary, Verification
 from minimax_jax.jobs.view import View
 from minimax_jax.layout.specs import Entry
@@ -42,6 +44,7 @@ def verify(
     sample: str | None = None,
     certificate: Certificate | None = None,
     workers: int = 2,
+    team: Team = SOLO,
     progress: Callable[[Progress], None] | None = None,
 ) -> Verification:
     """Compare two checkpoints weight by weight, or digest one. Memory does not grow with the checkpoint.
@@ -55,7 +58,8 @@ def verify(
         certificate: an earlier one to hold `first` against, byte for byte; where that is of a sample, only what it
             speaks of is looked at.
         workers: threads.
-        progress: called on the calling thread as the work goes on.
+        team: the processes that share the work; all of them call this with the same arguments, and get the same.
+        progress: called on the calling thread as the work goes on; in a team, of the share of this process.
 
     Raises:
         LayoutError: the two are not of the same architecture: other sizes, or other numbers that change what the model
@@ -63,6 +67,7 @@ def verify(
         RequestError: no such `by` or `sample`, no workers, or a certificate for two checkpoints.
         JobError: nothing to look at.
         FormatError: a file changed or ends too early while it is read.
+        PeerFailed: another process of the team failed.
     """
     if by not in get_args(By):
         raise RequestError(Problem(what="no such way to compare", expected=" or ".join(get_args(By)), got=str(by)))
@@ -70,7 +75,7 @@ def verify(
     sources = (first,) if second is None else (first, second)
     require_same_architecture(sources[0], sources[-1])
     taken, entries = _chosen(sources, sample, certificate)
-    looks = _look_at_all(sources, entries, workers, progress)
+    looks = shared(team, _look_at_all(sources, entries, workers, team, progress))
     checkpoints = tuple(_digested(source, which, looks) for which, source in enumerate(sources))
     return Verification(
         by=by,
@@ -107,12 +112,14 @@ def _look_at_all(
     sources: Sequence[Source],
     entries: Sequence[Entry],
     workers: int,
+    team: Team,
     progress: Callable[[Progress], None] | None,
 ) -> list[Look]:
-    ticker = Ticker(sum(source.nbytes(entry) for source in sources for entry in entries), progress)
+    """What there is to see of all that falls to this process."""
+    todo = list(pieces(sources, entries))[team.index :: team.count]
+    ticker = Ticker(sum(source.nbytes(entry) for source in sources for entry, _ in todo), progress)
     looks: list[Look] = []
     with contextlib.ExitStack() as stack:
-        todo = list(pieces(sources, entries))
         rooms = Workspaces(room_bytes(sources, todo))
         views = [View(source, stack.enter_context(source.reader())) for source in sources]
         pool = stack.enter_context(ThreadPoolExecutor(workers, thread_name_prefix="verify"))

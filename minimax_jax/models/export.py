@@ -90,14 +90,13 @@ def save_model(
     ticker = Ticker(sum(leaf.nbytes for leaf in leaves), progress)
     pieces = (piece for leaf in leaves for piece in leaf.pieces())
     team = present_team()
-    with team.standing_together(workshop_of(path)):
-        with job.writing(Path(path)) if team.leads else nullcontext() as writer:
-            team.wait()  # the destination is free
-            for piece in pieces:  # the other processes take part in fetching what is spread over all of them
-                if writer is not None:
-                    job.write(piece, writer, ticker)
-                team.wait()
-        team.wait()
+    ours = job.writing(Path(path)) if team.leads else nullcontext()
+    with team.standing_together(workshop_of(path)), ours as writer:
+        team.wait()  # the destination is free
+        for piece in pieces:  # the other processes take part in fetching what is spread over all of them
+            if writer is not None:
+                job.write(piece, writer, ticker)
+            team.wait()
     return job.report(Path(path), ticker.seconds)
 
 
