@@ -75,7 +75,7 @@ def outcomes(part: str, folder: Path, options: argparse.Namespace) -> Iterator[O
         return
     several = OPTIONS if part == "kills" else list(OPTIONS)[:1]
     names = list(QUICK if options.quick and part == "kills" else several)
-    work = jobs(folder / part, names=names, **(teams.UNCERTIFIED if part == "teams" else {}))
+    work = jobs(folder / part, names=names)
     source, place = folder / part / "hf", folder / part
     if part == "faults":
         yield from faults.tried(work[0], source, place, every=3 if options.quick else 1)

@@ -17,10 +17,7 @@ from trials.jobs import OPTIONS, Job, convert
 from trials.outcome import Child, Outcome, files, named
 
 MEMBERS = 2
-UNCERTIFIED = {"certify": False}
-"""What several processes share has no certificate."""
-
-MOMENTS = ("before a write", "before the journal", "after the journal")
+MOMENTS = ("before a write", "before the journal", "after the journal", "in the certification")
 GRACE_S = 0.2
 """How long the rest goes on alone, before it is stopped as a launcher would: jax itself waits for far longer."""
 
@@ -38,7 +35,8 @@ def at_random(job: Job, source: Path, folder: Path, *, count: int, seed: int) ->
 def _survives(job: Job, source: Path, out: Path, which: int, chance: random.Random) -> str:
     """Lose one process, run the same again; what was wrong, if anything."""
     try:
-        dies_at = chance.choice(MOMENTS), chance.randint(1, job.moments["after the journal"] // MEMBERS)
+        moment = chance.choice(MOMENTS)
+        dies_at = moment, chance.randint(1, job.moments[moment] // MEMBERS)
         members = _team(job, source, out, {which: dies_at})
         status, told = members[which].ended()
         time.sleep(GRACE_S)
@@ -80,5 +78,5 @@ def _be_member(name: str, source: Path, out: Path, address: str, index: int, dea
                 os.kill(os.getpid(), signal.SIGKILL)
 
     points.on_reach = die
-    convert(source, OPTIONS[name] | UNCERTIFIED | {"distributed": True}, out)
+    convert(source, OPTIONS[name] | {"distributed": True}, out)
     jax.distributed.shutdown()  # which waits for the others: the leader serves them
