@@ -7,9 +7,12 @@ import folders
 import pytest
 import torch
 import transformers
+from nemo_oracle import differences
 
 import minimax_jax as mj
 from minimax_jax import synthetic
+from minimax_jax.jobs.loading import how_to_load
+from torch_bridge.arrays import to_torch
 
 HIDDEN, INTER, EXPERTS = 256, 72, 5
 """transformers takes size / grid for the size of a block: sizes must be whole blocks, or less than one."""
@@ -137,6 +140,22 @@ def test_outputs_are_loaded_without_a_warning(tmp_path, heard, to, dtype):
     folders.edit_json(tmp_path / "out" / "config.json", bos_token_id=10**6)
     generates(tmp_path / "out", dtype=dtype, **told)
     assert any("bos_token_id" in message for message in heard)  # so warnings are heard here
+
+
+def test_where_there_is_a_gpu_our_lines_keep_every_bit_and_nothing_is_said(tmp_path, heard, monkeypatch):
+    """A model that is loaded and not run needs no GPU: transformers only asks whether there is one."""
+    synthetic.synthesize(tmp_path / "made")
+    mj.convert(tmp_path / "made", tmp_path / "native")
+    mj.convert(tmp_path / "native", tmp_path / "out", to="hf-fp8")
+    mj.convert(tmp_path / "made", tmp_path / "by the module's names", to="transformers-v5", dtype="fp8")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(transformers.MiniMaxM2ForCausalLM, "_keep_in_fp32_modules_strict", None)
+    names: dict[str, object] = {}
+    exec("\n".join(how_to_load("hf-fp8", None, tmp_path / "out")), names)
+    held = {key: to_torch(array.copy()) for key, array in folders.arrays(tmp_path / "by the module's names").items()}
+    assert differences(names["model"].state_dict(), held) == []
+    assert heard == []
 
 
 def test_of_fp8_transformers_says_what_it_says_of_the_published_form_and_no_more(tmp_path, heard):

@@ -12,9 +12,12 @@ _OWN = (
     "model = mj.load_model({path}, dtype=None)  # Flax, as stored; mesh=... spreads it over devices",
     "tree = mj.load({path}, dtype=None)  # or the arrays alone, by native name",
 )
-_TRANSFORMERS = (
+_WITH_ROUTER = (
     "from transformers import MiniMaxM2ForCausalLM as Model",
     "Model._keep_in_fp32_modules_strict = ['mlp.gate', 'e_score_correction_bias']  # or the float32 router is rounded",
+)
+_TRANSFORMERS = (
+    *_WITH_ROUTER,
     "model = Model.from_pretrained({path}, dtype='auto')",
 )
 _TRANSFORMERS_F32 = (
@@ -23,9 +26,8 @@ _TRANSFORMERS_F32 = (
     "model = Model.from_pretrained({path}, dtype='float32')",
 )
 _TRANSFORMERS_FP8 = (
-    "from transformers import MiniMaxM2ForCausalLM as Model",
-    "# where FP8 has to be dequantised, the float32 router is rounded to bfloat16; dtype='float32' rounds nothing",
-    "model = Model.from_pretrained({path}, dtype='auto')",
+    *_WITH_ROUTER,
+    "model = Model.from_pretrained({path}, dtype='auto', device_map='auto')  # without a GPU: dtype='float32'",
 )
 _DCP = (
     "from torch_bridge import dcp",
