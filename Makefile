@@ -64,7 +64,7 @@ reliability: .venv/test
 # Guided by coverage, FUZZ_SECONDS for each parser; what it finds lies in build/fuzz. atheris runs on Linux, Python 3.11
 # to 3.13.
 FUZZ_SECONDS ?= 10
-FUZZ_TARGETS := header index config journal sidecar certificate
+FUZZ_TARGETS := header index config journal sidecar certificate contents archive
 
 fuzz: .venv/test
 	$(BIN)/pip install --quiet "atheris>=3.0"

@@ -4,27 +4,38 @@ A target takes the content of a file and returns whether it was accepted. It fai
 an error of this project, or accepts what somebody else reads differently.
 """
 
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torch.distributed.checkpoint
 from raw_safetensors import entry, library_reads, raw_bytes, write_file
 
 from minimax_jax import synthetic
 from minimax_jax.errors import CheckpointError
+from minimax_jax.io import dcp
 from minimax_jax.io.checkpoint import INDEX_NAME, open_checkpoint
+from minimax_jax.io.dcp_reader import ChunkedArray
 from minimax_jax.io.header import serialise_header
 from minimax_jax.io.journal import Journal, has_records, read_journals
 from minimax_jax.io.reader import Reader
+from minimax_jax.io.source import LocalFile
+from minimax_jax.io.torch_archive import find_tensor
 from minimax_jax.jobs.certified import FORMAT, read_certificate, seal
 from minimax_jax.jobs.digests import overall
 from minimax_jax.jobs.source import SIDECAR, open_source, sidecar_metadata
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.specs import TensorSpec, specs
+from torch_bridge.dcp_writer import Nameless
 
 CONFIG = synthetic.config(layers=1, experts=1)
 STAMP = {"version": "0", "target": "native BF16"}
@@ -125,8 +136,45 @@ def certificate(content: bytes) -> bool:
     return True
 
 
+def contents(content: bytes) -> bool:
+    """A table of contents of torch.distributed.checkpoint: each tensor has all of its elements, each of them once."""
+    folder = _folder("contents")
+    (folder / dcp.METADATA_NAME).write_bytes(content)
+    try:
+        found = dcp.describe(folder)
+    except CheckpointError:
+        return False
+    for tensor in found.tensors.values():
+        filled = np.zeros(tensor.shape, np.uint8)
+        for chunk in tensor.chunks:
+            filled[tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))] += 1
+        assert (filled == 1).all()
+        with contextlib.suppress(CheckpointError):  # the table may take one chunk for another
+            assert ChunkedArray(tensor, found.states).read_region(()).shape == tensor.shape
+    return True
+
+
+def archive(content: bytes) -> bool:
+    """A tensor as `torch.save` writes it: where it is read, torch reads the same, if it reads it at all."""
+    file = _folder("archive") / "x.distcp"
+    file.write_bytes(content)
+    try:
+        with contextlib.closing(LocalFile(file)) as opened:
+            found = find_tensor(opened, 0, len(content), file=file, key="x")
+            array = found.read(opened, tuple(slice(0, size) for size in found.shape))
+    except CheckpointError:
+        return False
+    try:
+        theirs = torch.load(io.BytesIO(content), weights_only=True)
+    except Exception:  # torch says of damage what it likes
+        return True
+    told = str(theirs.dtype).removeprefix("torch."), tuple(theirs.shape), _bytes(theirs)
+    assert told == (array.dtype.name, array.shape, array.tobytes())
+    return True
+
+
 TARGETS: dict[str, Callable[[bytes], bool]] = {
-    target.__name__: target for target in (header, index, config, journal, sidecar, certificate)
+    target.__name__: target for target in (header, index, config, journal, sidecar, certificate, contents, archive)
 }
 
 
@@ -148,7 +196,23 @@ def seeds() -> dict[str, list[bytes]]:
         "journal": [("\n".join(lines) + "\n").encode(), ("\n".join(lines) + '\n{"unit').encode()],
         "sidecar": [_safetensors(list(_scales()), sidecar_metadata(CONFIG))],
         "certificate": [resealed(_certificate())],
+        "contents": [(_folder("contents") / dcp.METADATA_NAME).read_bytes()],
+        "archive": [_archive(_TENSORS["a"].T), _archive(_TENSORS["b"])],
     }
+
+
+_TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4).to(torch.float8_e4m3fn), "c": torch.tensor(7)}
+
+
+def _archive(tensor: torch.Tensor) -> bytes:
+    stream = io.BytesIO()
+    torch.save(tensor, stream)
+    return stream.getvalue()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    content: bytes = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return content
 
 
 def _certificate() -> dict[str, Any]:
@@ -196,6 +260,10 @@ def _folder(name: str) -> Path:
     if name == "index":
         write_file(root / "x.safetensors", a=(2,), b=(1, 1))
         write_file(root / "y.safetensors", c=(3,))
+    if name == "contents":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that it is not distributed
+            torch.distributed.checkpoint.save({**_TENSORS, "step": 3}, storage_writer=Nameless(root))
     if name == "sidecar":
         bare = {name: value for name, value in CONFIG.to_dict().items() if name != "quantization_config"}
         (root / "config.json").write_text(json.dumps(bare))

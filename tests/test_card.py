@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import folders
 import pytest
@@ -13,6 +14,7 @@ from servers import Handler, serving
 import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.errors import RequestError
+from minimax_jax.jobs import streamed
 from minimax_jax.jobs.loading import lines_to_load
 
 CARD, CERTIFICATE = "README.md", "certificate.json"
@@ -137,7 +139,21 @@ def test_an_attribute_that_is_ignored_in_the_source_is_in_the_output(made, tmp_p
     assert seen.good and "sparkles" in seen.checkpoints[0].unread
 
 
-@pytest.mark.parametrize(("options", "said"), [(["--no-certify"], None), (["--to", "dcp"], "nothing here reads dcp")])
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A target of another package, of a name that the command line knows, which makes no certificates."""
+
+    def write(source, destination, **how):
+        return mj.convert(source.path, destination)
+
+    offered = SimpleNamespace(name="dcp", load=lambda: write)
+    monkeypatch.setattr(streamed, "entry_points", lambda group: [offered])
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(
+    ("options", "said"), [(["--no-certify"], None), (["--to", "dcp"], "the package that writes dcp")]
+)
 def test_without_a_certificate_the_reason_is_told_to_who_asked_for_none_of_it(made, tmp_path, options, said):
     stdout, _ = run("convert", made, tmp_path / "out", *options)
     lines = [line for line in stdout.splitlines() if line.startswith("cert")]
@@ -147,6 +163,7 @@ def test_without_a_certificate_the_reason_is_told_to_who_asked_for_none_of_it(ma
     assert not (tmp_path / "out" / CERTIFICATE).exists() and "sha256" not in (tmp_path / "out" / CARD).read_text()
 
 
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize(
     "asked",
     [
@@ -166,6 +183,7 @@ def test_a_push_without_a_certificate_is_refused(made, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_in_python_it_is_refused_as_well(made, tmp_path):
     with pytest.raises(RequestError, match="certify"):
         mj.convert(made, tmp_path / "out", certify=True, to="dcp")

@@ -5,9 +5,14 @@ What has to hold is said in `fuzz_targets`; `fuzz/fuzz_parsers.py` does the same
 
 import contextlib
 import copy
+import io
+import itertools
 import json
+import pickle
+import pickletools
 import struct
 import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +158,40 @@ def prefixed(text, seed):
 
 
 @st.composite
+def shuffled(draw, pickled):
+    """A pickle some of whose opcodes went, came twice, moved, or are numbers."""
+    starts = [start for _, _, start in pickletools.genops(pickled)]
+    codes = [pickled[start:stop] for start, stop in itertools.pairwise([*starts, len(pickled)])]
+    for _ in range(draw(st.integers(1, 3))):
+        one, other = (draw(st.integers(0, len(codes) - 1)) for _ in range(2))
+        change = draw(st.sampled_from(["remove", "repeat", "swap", "number"]))
+        number = draw(st.integers(-3, 300) | st.sampled_from([2**31 - 1, -(2**31)]))
+        codes[one : one + 1] = {
+            "remove": [],
+            "repeat": [codes[one]] * 2,
+            "swap": [codes[other]],
+            "number": [pickle.BININT + struct.pack("<i", number)],
+        }[change]
+    return b"".join(codes)
+
+
+def with_pickle(seed, change):
+    """The archive of a tensor with another pickle in it."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(seed)) as archive, zipfile.ZipFile(stream, "w") as other:
+        for name in archive.namelist():
+            content = archive.read(name)
+            other.writestr(name, change(content) if name.endswith("data.pkl") else content)
+    return stream.getvalue()
+
+
+@st.composite
 def restructured(draw, name):
     seed = draw(st.sampled_from(SEEDS[name]))
+    if name == "contents":
+        return draw(shuffled(seed))
+    if name == "archive":
+        return with_pickle(seed, lambda pickled: draw(shuffled(pickled)))
     if name in ("header", "sidecar"):
         (length,) = struct.unpack("<Q", seed[:8])
         return prefixed(draw(mutated(json.loads(seed[8 : 8 + length]))), seed)

@@ -18,6 +18,7 @@ from typing import TypeAlias
 import numpy as np
 
 from minimax_jax.bulk import without_collector
+from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import FormatError, Problem, raise_if
 from minimax_jax.io.checkpoint import DCP_SUFFIX, for_each
 from minimax_jax.io.files import FileState, short_file
@@ -149,29 +150,30 @@ def _spot(told: object, folder: Path) -> Spot:
 
 def _tensor(key: str, told: object, spots: _Spots) -> Chunked:
     match _fields(told, "metadata.TensorStorageMetadata"):
-        case {"properties": Named(state=(Named(name=dtype), *_)), "size": size, "chunks": [*boxes]}:
-            chunks = [_chunk(key, box, spots) for box in boxes]
+        case {"properties": Named(state=(Named(name=told_dtype), *_)), "size": size, "chunks": [*boxes]}:
+            dtype = TORCH_DTYPES.get(told_dtype)
         case _:
             raise ValueError(f"{shown(key)} has no dtype, shape and chunks")
-    if dtype not in TORCH_DTYPES:
-        raise ValueError(f"{shown(key)} has a dtype that is not known here: {shown(dtype)}")
-    held = tuple(chunk for chunk in chunks if chunk is not None)
-    return Chunked(key=key, dtype=TORCH_DTYPES[dtype], shape=_sizes(size), chunks=held)
+    if dtype is None:
+        raise ValueError(f"{shown(key)} has a dtype that is not known here: {shown(told_dtype)}")
+    chunks = [chunk for box in boxes for chunk in _chunks(key, box, DTYPES[dtype].itemsize, spots)]
+    return Chunked(key=key, dtype=dtype, shape=_sizes(size), chunks=tuple(chunks))
 
 
-def _chunk(key: str, box: object, spots: _Spots) -> Chunk | None:
-    """A chunk; None where it is empty, as those of processes that got nothing are."""
+def _chunks(key: str, box: object, itemsize: int, spots: _Spots) -> Iterator[Chunk]:
+    """A chunk; none where it is empty, as those of processes that got nothing are."""
     match _fields(box, "metadata.ChunkStorageMetadata"):
         case {"offsets": begin, "sizes": size}:
             offsets, sizes = _sizes(begin), _sizes(size)
         case _:
             raise ValueError(f"{shown(key)} has a chunk without offsets and sizes")
     if 0 in sizes:
-        return None
+        return
     spot = spots.get((key, offsets))
-    if spot is None:
-        raise ValueError(f"{shown(key)} has a chunk at {list(offsets)} that is stored nowhere")
-    return Chunk(offsets=offsets, sizes=sizes, spot=spot)
+    if spot is None or spot.stop - spot.start < math.prod(sizes) * itemsize:
+        where = "nowhere" if spot is None else "in fewer bytes than it has"
+        raise ValueError(f"{shown(key)} has a chunk at {list(offsets)} that is stored {where}")
+    yield Chunk(offsets=offsets, sizes=sizes, spot=spot)
 
 
 def _fields(told: object, name: str) -> Mapping[str, object]:

@@ -97,7 +97,7 @@ def why_uncertified(to: str) -> str | None:
 
 
 def require_certifiable(to: str, *, asked: str = "certify") -> None:
-    """Refuse, before the long work, what reads the output again where nothing can.
+    """Refuse, before the long work, to certify what will have no certificate.
 
     Args:
         to: the target.
@@ -109,7 +109,7 @@ def require_certifiable(to: str, *, asked: str = "certify") -> None:
     """
     why = why_uncertified(to)
     if why is not None:
-        raise RequestError(Problem(what=f"{argument(asked)} reads the output again", got=why, remedy="leave it out"))
+        raise RequestError(Problem(what=f"{argument(asked)} takes a certificate", got=why, remedy="leave it out"))
 
 
 def no_place_for_fp8(layout: str) -> Problem:
