@@ -56,9 +56,14 @@ def test_the_lines_that_convert_prints_load_what_it_wrote(source, tmp_path, monk
     assert len(lines) == 3 and str(destination) in "".join(lines).replace("\\", "")
     names: dict[str, object] = {"model": nothing_yet(destination)} if to == "dcp" else {}
     names["router"] = folders.arrays(source)["model.layers.0.block_sparse_moe.gate.weight"]
+    norm = folders.arrays(source)["model.norm.weight"].astype(np.float32)
     with contextlib.redirect_stderr(io.StringIO()):
         exec("\n".join(lines), names)
-    CHECKS[to](names, folders.arrays(source)["model.norm.weight"].astype(np.float32))
+    CHECKS[to](names, norm)
+    _, without_gpu, instead = lines[-1].partition("  # without a GPU: ")
+    if without_gpu:
+        exec(lines[-1].replace("dtype='auto', device_map='auto'", instead), names)
+        check_router(names, norm)
 
 
 def nothing_yet(folder):

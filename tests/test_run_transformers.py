@@ -142,7 +142,7 @@ def test_outputs_are_loaded_without_a_warning(tmp_path, heard, to, dtype):
     assert any("bos_token_id" in message for message in heard)  # so warnings are heard here
 
 
-def test_where_there_is_a_gpu_our_lines_keep_every_bit_and_nothing_is_said(tmp_path, heard, monkeypatch):
+def test_with_a_gpu_our_lines_keep_every_bit_and_without_one_nothing_is_said_either(tmp_path, heard, monkeypatch):
     """A model that is loaded and not run needs no GPU: transformers only asks whether there is one."""
     synthetic.synthesize(tmp_path / "made")
     mj.convert(tmp_path / "made", tmp_path / "native")
@@ -151,10 +151,14 @@ def test_where_there_is_a_gpu_our_lines_keep_every_bit_and_nothing_is_said(tmp_p
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(transformers.MiniMaxM2ForCausalLM, "_keep_in_fp32_modules_strict", None)
-    names: dict[str, object] = {}
-    exec("\n".join(how_to_load("hf-fp8", None, tmp_path / "out")), names)
+    names, lines = dict[str, object](), how_to_load("hf-fp8", None, tmp_path / "out")
+    exec("\n".join(lines), names)
     held = {key: to_torch(array.copy()) for key, array in folders.arrays(tmp_path / "by the module's names").items()}
     assert differences(names["model"].state_dict(), held) == []
+    assert heard == []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    exec(lines[-1].replace("dtype='auto', device_map='auto'", lines[-1].partition("without a GPU: ")[2]), names)
+    assert {tensor.dtype for tensor in names["model"].state_dict().values()} == {torch.float32}
     assert heard == []
 
 

@@ -12,12 +12,12 @@ _OWN = (
     "model = mj.load_model({path}, dtype=None)  # Flax, as stored; mesh=... spreads it over devices",
     "tree = mj.load({path}, dtype=None)  # or the arrays alone, by native name",
 )
-_WITH_ROUTER = (
-    "from transformers import MiniMaxM2ForCausalLM as Model",
-    "Model._keep_in_fp32_modules_strict = ['mlp.gate', 'e_score_correction_bias']  # or the float32 router is rounded",
+_KEEP_ROUTER = (
+    "Model._keep_in_fp32_modules_strict = ['mlp.gate', 'e_score_correction_bias']  # or the float32 router is rounded"
 )
 _TRANSFORMERS = (
-    *_WITH_ROUTER,
+    "from transformers import MiniMaxM2ForCausalLM as Model",
+    _KEEP_ROUTER,
     "model = Model.from_pretrained({path}, dtype='auto')",
 )
 _TRANSFORMERS_F32 = (
@@ -26,8 +26,10 @@ _TRANSFORMERS_F32 = (
     "model = Model.from_pretrained({path}, dtype='float32')",
 )
 _TRANSFORMERS_FP8 = (
-    *_WITH_ROUTER,
-    "model = Model.from_pretrained({path}, dtype='auto', device_map='auto')  # without a GPU: dtype='float32'",
+    "from transformers import FineGrainedFP8Config as FP8, MiniMaxM2ForCausalLM as Model",
+    _KEEP_ROUTER,
+    "model = Model.from_pretrained({path}, dtype='auto', device_map='auto')"
+    "  # without a GPU: dtype='float32', quantization_config=FP8(dequantize=True)",
 )
 _DCP = (
     "from torch_bridge import dcp",
