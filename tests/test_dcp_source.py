@@ -125,6 +125,13 @@ def test_a_training_checkpoint_is_a_source_as_any_other(model, tmp_path):
         mj.inspect(source)
 
 
+def test_a_model_saved_in_a_dict_beside_an_optimiser_has_its_own_names(model, tmp_path):
+    tensors = {key: to_torch(array.copy()) for key, array in folders.arrays(model / "hf").items()}
+    saved(tmp_path / "dcp", {"model": tensors, "optim": {"model.norm.weight": {"step": torch.tensor(1.0)}}, "step": 3})
+    shutil.copy(model / "hf" / "config.json", tmp_path / "dcp")
+    assert mj.verify(tmp_path / "dcp", model / "hf", by="bytes", leave_out=["optim."]).good
+
+
 def test_rows_of_it_are_read_by_a_reader(model):
     source = open_source(model / "dcp", leave_out=["optim."])
     want = folders.arrays(model / "hf")

@@ -56,7 +56,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunked:
-    """A tensor of a checkpoint: its name, dtype (by format name), shape, and the chunks that it is made of."""
+    """A tensor of a checkpoint: its name there, dtype (by format name), shape, and the chunks that it is made of."""
 
     key: str
     dtype: str
@@ -73,7 +73,7 @@ class Contents:
     """What a checkpoint holds.
 
     Attributes:
-        tensors: by name.
+        tensors: by name; those in a dict `model` without that step, as what is saved beside it has others.
         objects: names of what else was saved: numbers, texts and the like.
         states: what each of its files was when it was looked at.
     """
@@ -114,8 +114,9 @@ def describe(folder: Path) -> Contents:
 def _contents(table: object, folder: Path) -> tuple[dict[str, Chunked], tuple[str, ...]]:
     """The tensors of a checkpoint, and the names of what else is in it."""
     match _fields(table, "metadata.Metadata"):
-        case {"state_dict_metadata": dict(saved), "storage_data": dict(stored)}:
+        case {"state_dict_metadata": dict(saved), "storage_data": dict(stored), **more}:
             spots = {_index(index): _spot(info, folder) for index, info in stored.items()}
+            inner = _names_in_model(more.get("planner_data"), saved)
         case _:
             raise ValueError("no tables of tensors and of where they are stored")
     tensors, objects = dict[str, Chunked](), list[str]()
@@ -123,8 +124,18 @@ def _contents(table: object, folder: Path) -> tuple[dict[str, Chunked], tuple[st
         if isinstance(told, Named) and told.name == f"{_MODULE}metadata.BytesStorageMetadata":
             objects.append(_text(key))
         else:
-            tensors[_text(key)] = _tensor(_text(key), told, spots)
+            tensors[inner.get(key, _text(key))] = _tensor(_text(key), told, spots)
     return tensors, tuple(objects)
+
+
+def _names_in_model(paths: object, saved: Mapping[object, object]) -> dict[object, str]:
+    """Names in the dict `model` of what was saved, such as `{"model": model.state_dict(), "optim": ...}`."""
+    found = dict[object, str]()
+    for key, path in paths.items() if isinstance(paths, dict) else ():
+        match path:
+            case ("model", str(name)) if is_text(name) and name not in saved:
+                found[key] = name
+    return found
 
 
 def _index(told: object) -> tuple[str, tuple[int, ...]]:

@@ -35,7 +35,7 @@ def open_dcp(folder: Path, *, ignore: Collection[str], leave_out: Collection[str
     contents = dcp.describe(folder)
     return source_of_arrays(
         folder,
-        [(tensor.key, tensor.dtype, tensor.shape) for tensor in contents.tensors.values()],
+        [(key, tensor.dtype, tensor.shape) for key, tensor in contents.tensors.items()],
         contents.states,
         used=contents.states,
         open_reader=functools.partial(DcpReader, contents=contents),
