@@ -48,7 +48,7 @@ def inspection_view(seen: Inspection) -> Iterator[Any]:
     config = seen.config
     yield (
         f"{seen.path}: MiniMax-M2, {seen.layout} layout, {counted(seen.total.tensors, 'tensor')}, "
-        f"{size(seen.total.nbytes)} in {counted(seen.files, 'file')}"
+        f"{size(seen.total.nbytes)}{_in_files(seen.files)}"
     )
     layers, experts = counted(config.num_hidden_layers, "layer"), counted(config.num_local_experts, "expert")
     yield (
@@ -97,14 +97,19 @@ def plan_view(plan: Plan | StreamedPlan, *, everything: bool = False) -> Iterato
     yield from _left_behind_view(plan.source.left_behind, "stays behind")
     yield from _remarks_view(plan.remarks)
     facts = Table(show_header=False, box=None)
-    files = counted(len(checkpoint.files), "file")
-    facts.add_row("read", f"{counted(len(checkpoint.tensors), 'tensor')}, {size(plan.read_bytes)} in {files}")
+    files = _in_files(len(checkpoint.files))
+    facts.add_row("read", f"{counted(len(checkpoint.tensors), 'tensor')}, {size(plan.read_bytes)}{files}")
     facts.add_row("write", f"{counted(plan.tensors, 'tensor')}, {size(plan.write_bytes)}")
     facts.add_row("memory", f"{size(plan.peak_bytes)} at most, over what the process has at the start")
     facts.add_row("work", f"{counted(_units(plan), 'unit')}, {plan.workers} at a time, on a CPU by {backend()}")
     yield facts
     if isinstance(plan, Plan):
         yield from _files_view(plan, everything=everything)
+
+
+def _in_files(count: int) -> str:
+    """In how many files of safetensors; nothing of a checkpoint in others, of which its library may have any number."""
+    return f" in {counted(count, 'file')}" if count else ""
 
 
 def _units(plan: Plan | StreamedPlan) -> int:
