@@ -21,7 +21,7 @@ test: .venv/test
 # both have TORCH, with which its range begins: older ones cannot exchange FP8 arrays with others (DLPack).
 LOWEST_TESTS ?= tests/test_safetensors_reader.py tests/test_conversion.py tests/test_verify.py tests/test_cli.py \
 	tests/test_orbax.py tests/test_orbax_refusals.py tests/test_orbax_shardings.py tests/test_orbax_source.py tests/test_load.py \
-	tests/test_torch_arrays.py tests/test_torch_fp8.py tests/test_host_lines.py
+	tests/test_torch_arrays.py tests/test_torch_fp8.py tests/test_host_lines.py tests/test_report.py tests/test_report_page.py
 
 test-lowest: .venv-lowest/test
 	.venv-lowest/bin/pytest $(LOWEST_TESTS)
@@ -97,5 +97,5 @@ clean:
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	UV_FIND_LINKS=$(PIP_FIND_LINKS) $(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
 		"$(TORCH)" "pytest>=8.2" "pytest-xdist>=3.5" "hypothesis>=6.100" "moto[server]>=5.0.28" \
-		--editable ".[fast,hub,orbax,remote,torch]"
+		--editable ".[fast,hub,orbax,remote,report,torch]"
 	touch $@
