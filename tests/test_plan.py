@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import minimax_jax as mj
 from minimax_jax import synthetic
 from minimax_jax.errors import JobError, RequestError
-from minimax_jax.jobs import targets
+from minimax_jax.jobs import budget, targets
 from minimax_jax.jobs.budget import RUNTIME_BYTES
 from minimax_jax.jobs.plan import Copy, Target, plan
 from minimax_jax.jobs.report import plan_json
@@ -68,7 +68,7 @@ def written(planned):
     ],
 )
 def test_the_published_model_is_planned_to_the_byte(whole, to, dtype, tensors, nbytes):
-    planned = plan(whole, targets.target(to, dtype))
+    planned = plan(whole, targets.target(to, dtype), workers=2)
     sidecar = SCALE_BYTES if dtype == "bf16" and to == "native" else 0
     stored = [shard.tensors for shard in planned.shards]
     assert sum(map(len, stored)) == tensors
@@ -92,7 +92,16 @@ def test_no_file_of_the_published_model_is_larger_than_asked(whole):
 
 
 def test_the_peak_does_not_depend_on_layers_and_experts(whole, little):
-    assert plan(whole, targets.target("native", "f32")).peak_bytes == mj.plan(little, dtype="f32").peak_bytes
+    large = plan(whole, targets.target("native", "f32"), workers=2)
+    assert large.peak_bytes == mj.plan(little, dtype="f32", workers=2).peak_bytes
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32", "fp8"])
+def test_by_default_there_are_as_many_workers_as_the_budget_holds(little, monkeypatch, dtype):
+    monkeypatch.setattr(budget, "DEFAULT_WORKERS", 8)
+    found = [mj.plan(little, dtype=dtype, max_memory_bytes=nbytes).workers for nbytes in (GIB, 2 * GIB, 4 * GIB)]
+    assert found == [2, 6, 8]
+    assert mj.plan(little, dtype=dtype, max_memory_bytes=4 * GIB, workers=1).workers == 1
 
 
 # --- a pure function of headers --------------------------------------------------------------------------------------

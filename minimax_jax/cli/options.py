@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from minimax_jax.errors import CheckpointError
+from minimax_jax.jobs.budget import DEFAULT_WORKERS
 from minimax_jax.jobs.streamed import streamed_targets
 
 TARGETS, DTYPES = ("native", "hf", "hf-fp8", "transformers-v5"), ("bf16", "f32", "fp8")
@@ -121,7 +122,13 @@ shard_size = click.option(
     "--shard-size", "shard_bytes", type=Size(), default="5GB", show_default=True, help="Most data in one file."
 )
 private = click.option("--private", is_flag=True, help="Make a new repository private.")
-workers = click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads.")
+_AS_MANY = "one for each core, 2 to 8"
+workers = click.option(
+    "--workers", type=click.IntRange(min=1), default=DEFAULT_WORKERS, show_default=_AS_MANY, help="Threads."
+)
+_workers_within = click.option(
+    "--workers", type=click.IntRange(min=1), show_default=f"{_AS_MANY}, as the memory allows", help="Threads."
+)
 
 
 def conversion(function: Callable[..., None]) -> Callable[..., None]:
@@ -132,7 +139,7 @@ def conversion(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--dtype", type=click.Choice(DTYPES), callback=_fitting, help="Of the block-scaled weights."),
         click.option("--max-memory", "max_memory_bytes", type=Size(), default="4GiB", show_default=True),
         shard_size,
-        workers,
+        _workers_within,
         ignore,
         leave_out,
     )

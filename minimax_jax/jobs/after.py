@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from minimax_jax.jobs.plan import DEFAULT_WORKERS
+from minimax_jax.jobs.budget import DEFAULT_WORKERS
 from minimax_jax.jobs.sample import require_sample
 from minimax_jax.jobs.source import open_source, open_sources
 from minimax_jax.progress import Progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import os
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -11,6 +12,12 @@ from minimax_jax.errors import Problem, RequestError, argument
 
 RUNTIME_BYTES = 256 * 2**20
 """What jax's compiled programs, threads and allocator take once, whatever the checkpoint (measured: 110 to 250 MB)."""
+
+DEFAULT_WORKERS = max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
+"""Threads where nobody says how many: one for each core that this process may use, at least 2 and at most 8."""
+
+_WORKER_BYTES = 272 * 2**20
+"""What a thread takes at most of the published model, whatever the work: its largest unit that cannot be split."""
 
 LEAST_UNIT_BYTES = 2**20
 """Smaller units of work would be too many; a budget below this is refused."""
@@ -31,6 +38,11 @@ def require_workers(workers: int) -> None:
     """Raise a RequestError where there is nobody to work."""
     if workers < 1:
         raise RequestError(Problem(what="no workers", expected="at least 1", got=str(workers)))
+
+
+def workers_within(max_memory_bytes: int) -> int:
+    """Threads within a budget where nobody says how many: `DEFAULT_WORKERS`, or as many as it holds, at least 2."""
+    return max(2, min(DEFAULT_WORKERS, share_bytes(max_memory_bytes, 1) // _WORKER_BYTES))
 
 
 def share_bytes(max_memory_bytes: int, units: int) -> int:

@@ -10,6 +10,7 @@ from minimax_jax.errors import JobError, Problem
 from minimax_jax.io import points
 from minimax_jax.io.cards import CARD_NAME, CERTIFICATE_NAME
 from minimax_jax.io.jsonfile import write_text_atomic
+from minimax_jax.jobs.budget import DEFAULT_WORKERS
 from minimax_jax.jobs.card import certified_card
 from minimax_jax.jobs.certificate import write_certificate
 from minimax_jax.jobs.certified import read_certificate
@@ -21,7 +22,7 @@ from minimax_jax.progress import Progress
 
 
 def certify(
-    source: Source, folder: Path, *, workers: int = 2, progress: Callable[[Progress], None] | None = None
+    source: Source, folder: Path, *, workers: int = DEFAULT_WORKERS, progress: Callable[[Progress], None] | None = None
 ) -> str:
     """Leave a certificate in a checkpoint's folder, and a card that names it where nobody wrote another.
 

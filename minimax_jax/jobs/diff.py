@@ -14,7 +14,7 @@ from minimax_jax.display import Displayed
 from minimax_jax.errors import Problem, RequestError
 from minimax_jax.io.location import Location
 from minimax_jax.jobs.architecture import require_same_architecture
-from minimax_jax.jobs.budget import require_workers
+from minimax_jax.jobs.budget import DEFAULT_WORKERS, require_workers
 from minimax_jax.jobs.compare import Weight
 from minimax_jax.jobs.difference import Difference, difference, total
 from minimax_jax.jobs.heap import give_back
@@ -88,7 +88,7 @@ def diff(
     *,
     rank: Rank = "relative",
     sample: str | None = None,
-    workers: int = 2,
+    workers: int = DEFAULT_WORKERS,
     progress: Callable[[Progress], None] | None = None,
 ) -> Diff:
     """Compare two checkpoints by value, weight by weight. Memory does not grow with the checkpoint.

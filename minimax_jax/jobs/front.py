@@ -13,7 +13,8 @@ from minimax_jax.io.folder import require_apart
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES
 from minimax_jax.jobs import inspect as inspecting
 from minimax_jax.jobs import plan as planning
-from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS, Plan
+from minimax_jax.jobs.budget import workers_within
+from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, Plan
 from minimax_jax.jobs.source import open_source
 from minimax_jax.jobs.streamed import StreamedPlan, goes_on, load_planner, load_target, streamed_targets
 from minimax_jax.jobs.targets import require_certifiable, require_known, target
@@ -44,7 +45,7 @@ def plan(
     to: str = "native",
     dtype: str | None = None,
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    workers: int = DEFAULT_WORKERS,
+    workers: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     ignore: Collection[str] = (),
     leave_out: Collection[str] = (),
@@ -58,7 +59,7 @@ def plan(
             `maxtext-unscanned`: MaxText's params in the files of Orbax. Of these four the plan is in numbers alone.
         dtype: of block-scaled weights in the output: `bf16` (the default but for hf-fp8), `f32`, `fp8`.
         max_memory_bytes: budget over what the process has at the start.
-        workers: threads.
+        workers: threads; one for each core where it is None, at most 8 and as many as the budget holds, at least 2.
         shard_bytes: most bytes of tensor data in one output file; of targets in safetensors.
         ignore: attributes of config.json to leave unread.
         leave_out: what the names of tensors to leave out begin with; as in `open_source`.
@@ -74,6 +75,7 @@ def plan(
         (921120, 925408)
     """
     chosen = target(to, dtype)
+    workers = workers_within(max_memory_bytes) if workers is None else workers
     if to in streamed_targets():
         require_known(to, shard_bytes=shard_bytes)
         planner, source = load_planner(to), open_source(path, ignore=ignore, leave_out=leave_out)
@@ -94,7 +96,7 @@ def convert(
     to: str = "native",
     dtype: str | None = None,
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    workers: int = DEFAULT_WORKERS,
+    workers: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     check: Check | None = None,
     restart: bool = False,
@@ -141,6 +143,7 @@ def convert(
         (32, ())
     """
     chosen = target(to, dtype)
+    workers = workers_within(max_memory_bytes) if workers is None else workers
     if certify:
         require_certifiable(to)
     require_apart(path, destination)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minimax_jax.jobs.architecture import require_same_architecture
-from minimax_jax.jobs.budget import require_workers
+from minimax_jax.jobs.budget import DEFAULT_WORKERS, require_workers
 from minimax_jax.jobs.compare import Weight
 from minimax_jax.jobs.difference import difference, total
 from minimax_jax.jobs.figures import (
@@ -55,7 +55,7 @@ def gather(
     first: Source,
     second: Source | None = None,
     *,
-    workers: int = 2,
+    workers: int = DEFAULT_WORKERS,
     progress: Callable[[Progress], None] | None = None,
 ) -> Overview:
     """Take the figures of every weight. Memory does not grow with the weights: a few hundred bytes are kept of each.

@@ -28,13 +28,14 @@ from minimax_jax.io.folder import appearing, workshop_of
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.journal import has_records
 from minimax_jax.io.jsonfile import write_json_atomic
+from minimax_jax.jobs.budget import DEFAULT_WORKERS
 from minimax_jax.jobs.card import add_side_files, require_side_files
 from minimax_jax.jobs.certifying import certify_unnamed
 from minimax_jax.jobs.left_out import require_found, warn_of
 from minimax_jax.jobs.orbax_fill import fill
 from minimax_jax.jobs.orbax_plan import plan
 from minimax_jax.jobs.orbax_source import open_orbax
-from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES, DEFAULT_WORKERS
+from minimax_jax.jobs.plan import DEFAULT_MEMORY_BYTES
 from minimax_jax.jobs.records import Check, quantised
 from minimax_jax.jobs.run import Report
 from minimax_jax.jobs.scales import scale_remarks

@@ -12,7 +12,14 @@ from minimax_jax.display import Displayed
 from minimax_jax.errors import JobError, raise_if
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.shards import DEFAULT_SHARD_BYTES, ShardLayout, TensorOut, lay_out
-from minimax_jax.jobs.budget import LEAST_UNIT_BYTES, over_budget, peak_bytes, require_workers, share_bytes
+from minimax_jax.jobs.budget import (
+    DEFAULT_WORKERS,
+    LEAST_UNIT_BYTES,
+    over_budget,
+    peak_bytes,
+    require_workers,
+    share_bytes,
+)
 from minimax_jax.jobs.scales import Remark, scale_remarks, scales_of
 from minimax_jax.jobs.source import SIDECAR_STEM, Source, batches, layout_specs, same_form, sidecar_metadata
 from minimax_jax.jobs.units import COPIES_OF_INPUT, COPIES_OF_OUTPUT, Convert, Copy, GroupScales, Output, Unit
@@ -23,7 +30,6 @@ from minimax_jax.layout.specs import Entry, TensorSpec, total_bytes
 from minimax_jax.layout.table import SCALE_SUFFIX
 
 DEFAULT_MEMORY_BYTES = 4 * 2**30
-DEFAULT_WORKERS = 2
 
 _UNIT_BYTES = 64 * 2**20
 """Most memory of one unit where it can be split: larger units are no faster and only hold more memory."""

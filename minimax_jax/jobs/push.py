@@ -12,6 +12,7 @@ from minimax_jax.io import source as places
 from minimax_jax.io.cards import CERTIFICATE_NAME
 from minimax_jax.io.checkpoint import for_each
 from minimax_jax.io.upload import repository_of, require_repository, upload
+from minimax_jax.jobs.budget import DEFAULT_WORKERS
 from minimax_jax.jobs.certifying import held, write_card
 from minimax_jax.jobs.left_out import LeftOut
 from minimax_jax.jobs.run import Report
@@ -55,7 +56,7 @@ def push(
     *,
     private: bool = False,
     origin: str | None = None,
-    workers: int = 2,
+    workers: int = DEFAULT_WORKERS,
     ignore: Collection[str] = (),
     leave_out: Collection[str] = (),
     progress: Callable[[Progress], None] | None = None,

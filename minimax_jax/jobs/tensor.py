@@ -12,6 +12,7 @@ from minimax_jax.errors import LayoutError, Problem
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.jsonfile import shown
 from minimax_jax.io.location import Location
+from minimax_jax.jobs.budget import DEFAULT_WORKERS
 from minimax_jax.jobs.compare import Array, Weight
 from minimax_jax.jobs.heap import give_back
 from minimax_jax.jobs.look import pieces, row_steps
@@ -71,7 +72,7 @@ class _Asked:
 
 
 def describe(
-    source: Source, name: str, *, workers: int = 2, progress: Callable[[Progress], None] | None = None
+    source: Source, name: str, *, workers: int = DEFAULT_WORKERS, progress: Callable[[Progress], None] | None = None
 ) -> TensorFacts:
     """Look at one tensor. Of a remote checkpoint, the bytes of this tensor alone are fetched.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from minimax_jax.errors import JobError, Problem, RequestError
 from minimax_jax.jobs.architecture import require_same_architecture
-from minimax_jax.jobs.budget import require_workers
+from minimax_jax.jobs.budget import DEFAULT_WORKERS, require_workers
 from minimax_jax.jobs.certified import Certificate, Certified
 from minimax_jax.jobs.compare import RELATIONS
 from minimax_jax.jobs.digests import config_digest, file_digests, left_out_digests, overall
@@ -43,7 +43,7 @@ def verify(
     by: By = "value",
     sample: str | None = None,
     certificate: Certificate | None = None,
-    workers: int = 2,
+    workers: int = DEFAULT_WORKERS,
     team: Team = SOLO,
     progress: Callable[[Progress], None] | None = None,
 ) -> Verification:

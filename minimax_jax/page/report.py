@@ -7,9 +7,9 @@ from pathlib import Path
 
 from minimax_jax.errors import JobError, Problem
 from minimax_jax.io.jsonfile import write_text_atomic
+from minimax_jax.jobs.budget import DEFAULT_WORKERS
 from minimax_jax.jobs.certificate import require_place
 from minimax_jax.jobs.overview import Overview
-from minimax_jax.jobs.plan import DEFAULT_WORKERS
 from minimax_jax.jobs.source import open_sources
 from minimax_jax.progress import Progress
 
