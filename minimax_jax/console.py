@@ -206,7 +206,7 @@ class _Lines:
 
 
 def _rate(moment: Progress) -> str:
-    return f"{moment.done_bytes / max(moment.seconds, 1e-9) / 1e9:.2f} GB/s"
+    return f"{size(moment.done_bytes / max(moment.seconds, 1e-9))}/s"
 
 
 def _left(moment: Progress) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _HTML_WIDTH = 140
 """Characters; wider tables are folded."""
@@ -50,6 +53,13 @@ def plain(text: str) -> str:
 def counted(count: int, one: str, many: str | None = None) -> str:
     """How many of something: `1 file`, `2 files`, `3 matrices`."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def table_of(*headers: str) -> Table:
+    """A table without rows yet, and without a head where all headers are empty. Narrow, it folds; no cell is cut."""
+    from rich.table import Column, Table
+
+    return Table(*(Column(header, overflow="fold") for header in headers), show_header=any(headers), box=None)
 
 
 def size(nbytes: float) -> str:

@@ -56,6 +56,8 @@ def test_rich_and_notebooks_show_all_of_it(shown, name):
     first = repr(result).removeprefix(f"<{name}: ").removesuffix(">")
     assert (first in page.getvalue() and len(page.getvalue().splitlines()) > 1) or name == "Report"
     assert html.startswith("<pre ") and html.endswith("</pre>") and "\x1b" not in html
+    Console(file=(narrow := io.StringIO()), width=40).print(result)
+    assert "…" not in narrow.getvalue()
     assert "[bold]" in page.getvalue() or "[bold]" not in str(getattr(result, "path", ""))
 
 

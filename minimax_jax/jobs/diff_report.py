@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Column, Table
-
-from minimax_jax.display import counted
+from minimax_jax.display import counted, table_of
 
 if TYPE_CHECKING:
     from minimax_jax.jobs.diff import Diff
@@ -55,7 +53,7 @@ def view(seen: Diff, *, top: int | None = None) -> Iterator[Any]:
         yield "the same"
         return
     shown = seen.differences[:top]
-    table = Table(Column("weight", overflow="fold"), "dtypes", *_COLUMNS, box=None)
+    table = table_of("weight", "dtypes", *_COLUMNS)
     for weight in shown:
         table.add_row(weight.key, " / ".join(weight.dtypes), *_cells(weight.figures))
     yield table

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from minimax_jax.display import counted, size
+from minimax_jax.display import counted, size, table_of
 
 if TYPE_CHECKING:
     from minimax_jax.io.header import TensorInfo
@@ -115,7 +115,7 @@ def tensor_view(facts: TensorFacts, *, everything: bool = False) -> Iterator[Any
     yield f"{facts.name}: {facts.dtype} {list(facts.shape)} ({', '.join(facts.axes)})"
     yield _places(facts.stored, len(facts.stored) if everything else _SHOWN)
     seen = facts.whole
-    table = Table(show_header=False, box=None)
+    table = table_of("", "")
     table.add_row("range", f"{seen.minimum:.6g} to {seen.maximum:.6g}, mean {seen.mean:.6g}")
     if seen.block_amax.size:
         amax = (
@@ -137,7 +137,7 @@ def tensor_view(facts: TensorFacts, *, everything: bool = False) -> Iterator[Any
 
 
 def _places(stored: Sequence[TensorInfo], top: int) -> Table:
-    table = Table("stored as", "file", "bytes", box=None)
+    table = table_of("stored as", "file", "bytes")
     for info in stored[:top]:
         name = info.file.name if isinstance(info.file, Path) else str(info.file)
         table.add_row(Text(info.key), Text(name), f"{info.start:,} to {info.stop:,}")
@@ -149,7 +149,7 @@ def _places(stored: Sequence[TensorInfo], top: int) -> Table:
 
 def _experts(experts: Sequence[Statistics]) -> Table:
     fp8 = experts[0].saturated is not None
-    table = Table("expert", "min", "max", "mean", "zero", "NaN", *(("saturated", "scale_inv") if fp8 else ()), box=None)
+    table = table_of("expert", "min", "max", "mean", "zero", "NaN", *(("saturated", "scale_inv") if fp8 else ()))
     for number, own in enumerate(experts):
         cells = [f"{own.minimum:.4g}", f"{own.maximum:.4g}", f"{own.mean:.3g}", f"{own.zeros:,}", f"{own.nans:,}"]
         if own.saturated is not None and own.scale_inv is not None:

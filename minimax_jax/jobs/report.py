@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from minimax_jax.display import counted, size
+from minimax_jax.display import counted, size, table_of
 from minimax_jax.io.beside import LeftBehind
 from minimax_jax.io.jsonfile import shown
 from minimax_jax.jobs.inspect import Inspection, Tally
@@ -96,7 +96,7 @@ def plan_view(plan: Plan | StreamedPlan, *, everything: bool = False) -> Iterato
     yield from _left_out_view(plan.source.left_out)
     yield from _left_behind_view(plan.source.left_behind, "stays behind")
     yield from _remarks_view(plan.remarks)
-    facts = Table(show_header=False, box=None)
+    facts = table_of("", "")
     files = _in_files(len(checkpoint.files))
     facts.add_row("read", f"{counted(len(checkpoint.tensors), 'tensor')}, {size(plan.read_bytes)}{files}")
     facts.add_row("write", f"{counted(plan.tensors, 'tensor')}, {size(plan.write_bytes)}")
@@ -117,7 +117,7 @@ def _units(plan: Plan | StreamedPlan) -> int:
 
 
 def _files_view(plan: Plan, *, everything: bool) -> Iterator[Any]:
-    files = Table("file", "size", "tensors", "first tensor", box=None)
+    files = table_of("file", "size", "tensors", "first tensor")
     top = len(plan.shards) if everything else _SHOWN
     for shard in (*plan.shards[:top], *plan.sidecar):
         files.add_row(shard.file_name, size(shard.file_bytes), f"{len(shard.tensors):,}", next(iter(shard.tensors)))
@@ -143,7 +143,7 @@ def probe_json(seen: Probe) -> dict[str, Any]:
 
 def probe_view(seen: Probe) -> Iterator[Any]:
     """What a probe found, to look at."""
-    facts = Table(show_header=False, box=None)
+    facts = table_of("", "")
     facts.add_row("disk", f"{size(seen.free_bytes)} free in {seen.folder}, {size(seen.needed_bytes)} needed")
     rates = f"read at {size(seen.read_rate)}/s ({size(seen.read_bytes)} tried)"
     facts.add_row("rates", f"{rates}, written at {size(seen.write_rate)}/s ({size(seen.written_bytes)} tried)")
@@ -249,7 +249,7 @@ def _tallies(groups: Mapping[str, Tally]) -> dict[str, Any]:
 
 
 def _tally_table(title: str, groups: Mapping[str, Tally]) -> Table:
-    table = Table(title, "tensors", "size", box=None)
+    table = table_of(title, "tensors", "size")
     for name, tally in groups.items():
         table.add_row(name, f"{tally.tensors:,}", size(tally.nbytes))
     return table

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
-from minimax_jax.display import counted
+from minimax_jax.display import counted, table_of
 from minimax_jax.io.jsonfile import shown
 from minimax_jax.jobs.compare import RELATIONS, Comparison
 
@@ -44,7 +44,7 @@ def verification_view(seen: Verification, *, everything: bool = False) -> Iterat
 
 def certificate_view(seen: Verification) -> Iterator[Any]:
     """A verification tensor by tensor, to look at: for a small checkpoint."""
-    table = Table(Column("tensor", overflow="fold"), "dtype", "shape", "sha256", box=None)
+    table = table_of("tensor", "dtype", "shape", "sha256")
     for digest in seen.checkpoints[0].digests:
         table.add_row(digest.key, digest.dtype, str(list(digest.shape)), digest.sha256[:16])
     yield table
@@ -75,11 +75,11 @@ def _unusual_view(checkpoint: Digested) -> Iterator[str]:
 def _layer_table(layers: Sequence[LayerSummary]) -> Table:
     """A row for each layer; of two checkpoints, one for each run of layers of each of which the same is to be said."""
     if not layers or not layers[0].counts:
-        table = Table("layer", "tensors", "sha256", box=None)
+        table = table_of("layer", "tensors", "sha256")
         for layer in layers:
             table.add_row(_layer_name(layer.layer), f"{layer.tensors[0]:,}", layer.sha256[0][:16])
         return table
-    table = Table("weights by layer", *RELATIONS, "differing elements", "largest difference", box=None)
+    table = table_of("weights by layer", *RELATIONS, "differing elements", "largest difference")
     for facts, group in itertools.groupby(layers, key=_layer_facts):
         numbers = [layer.layer for layer in group]
         first, last = _layer_name(numbers[0]), _layer_name(numbers[-1])
@@ -100,9 +100,7 @@ def _layer_name(layer: int | None) -> str:
 def _failure_view(failures: Sequence[Comparison], *, everything: bool) -> Iterator[Any]:
     top = len(failures) if everything else _SHOWN
     if failures:
-        table = Table(
-            Column("weight", overflow="fold"), "relation", "dtypes", "elements", "largest difference", box=None
-        )
+        table = table_of("weight", "relation", "dtypes", "elements", "largest difference")
         for failure in failures[:top]:
             dtypes = " / ".join(failure.dtypes)
             table.add_row(failure.key, failure.relation, dtypes, f"{failure.differing:,}", f"{failure.max_abs:.3g}")
@@ -117,7 +115,7 @@ def _held_view(held: Held, *, everything: bool) -> Iterator[Any]:
     yield from (f"note: {note}" for note in held.notes)
     top = len(held.mismatches) if everything else _SHOWN
     if held.mismatches:
-        table = Table(Column("not as certified", overflow="fold"), "what", "expected", "got", box=None)
+        table = table_of("not as certified", "what", "expected", "got")
         for each in held.mismatches[:top]:
             told = (each.name, each.what, each.expected or "", each.got or "")
             table.add_row(*(Text(shown(text)) for text in told))  # names come from a file: no markup, nothing hidden

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from minimax_jax.bulk import without_collector
-from minimax_jax.display import Displayed, counted, size
+from minimax_jax.display import Displayed, counted, size, table_of
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.layout.config import MiniMaxConfig
 from minimax_jax.layout.table import PREFIX, SCALE_SUFFIX, Row, axis_sizes, rows
@@ -153,11 +153,9 @@ class Specs(Displayed):
 
     def views(self) -> Iterable[Any]:
         """What there is to look at: the kinds of tensors, as they are published."""
-        from rich.table import Table
-
         published = list(self.hf())
         yield f"MiniMax-M2, {counted(len(published), 'tensor')} as published, {size(total_bytes(published))}"
-        table = Table("native tensor", "axes", "shape", "published as", "count", box=None)
+        table = table_of("native tensor", "axes", "shape", "published as", "count")
         counts = Counter(entry.row for entry in self.entries)
         first = {entry.row: entry for entry in reversed(self.entries)}
         for row, count in counts.items():

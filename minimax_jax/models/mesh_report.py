@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rich.table import Table
-
-from minimax_jax.display import counted, size
+from minimax_jax.display import counted, size, table_of
 from minimax_jax.jobs.report import warning
 from minimax_jax.models.mesh_plan import MeshPlan, Share
 
@@ -39,7 +37,7 @@ def view(plan: MeshPlan) -> Iterator[Any]:
         held, read = size(plan.device_bytes), size(plan.read_bytes)
         devices = counted(plan.devices, "device")
         yield f"loaded onto a mesh of {axes}: {devices}, {held} on each, for which it reads {read}"
-        table = Table("kind", "split", "in all", "on a device", box=None)
+        table = table_of("kind", "split", "in all", "on a device")
         for share in plan.shares:
             table.add_row(share.kind, _split(share), size(share.nbytes), size(share.device_bytes))
         yield table

@@ -14,7 +14,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey
 from jax.typing import DTypeLike
 
-from minimax_jax.display import Displayed, size
+from minimax_jax.display import Displayed, size, table_of
 from minimax_jax.errors import LayoutError, Problem, raise_if
 from minimax_jax.ops import fp8, on_tpu
 from minimax_jax.ops.checks import Array, Block, scaled_problems
@@ -92,10 +92,8 @@ class BlockScaled(Displayed):
 
     def views(self) -> Iterable[Any]:
         """What there is to look at: of the two arrays, never their numbers."""
-        from rich.table import Table
-
         yield repr(self)
-        table = Table("array", "shape", "dtype", "size", box=None)
+        table = table_of("array", "shape", "dtype", "size")
         for name in ("values", "scale_inv"):
             leaf = getattr(self, name)
             if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
