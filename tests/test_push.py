@@ -130,7 +130,7 @@ def test_an_error_without_words_is_told_in_one_line_by_its_kind(source, hub, tmp
     result = CliRunner().invoke(cli, ["push", str(source), REPOSITORY])
     assert result.exit_code == 3
     lines = [line.strip() for line in result.stderr.splitlines()]
-    assert lines[0] == "error: upload to the hub failed; the folder is whole as it was"
+    assert lines[0] == "error: upload to the hub failed; the folder is whole"
     assert [line for line in lines if line.startswith(("file:", "got:"))] == [
         f"file: {REPOSITORY}",
         f"got: {type(error).__name__}",

@@ -74,6 +74,6 @@ def upload(folder: Path, repository: str, *, private: bool, message: str, remedy
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except (OSError, RuntimeError, ValueError, broken) as error:  # ValueError: a name or a card that it refuses
-        what, got = "upload to the hub failed; the folder is whole as it was", saying(error).splitlines()[0]
+        what, got = "upload to the hub failed; the folder is whole", saying(error).splitlines()[0]
         raise JobError(Problem(what=what, file=f"{_SCHEME}{repository}", got=got, remedy=remedy)) from error
     return str(done.commit_url)
