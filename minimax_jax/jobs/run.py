@@ -120,11 +120,8 @@ def _fill(plan: Plan, folder: Path, mine: Mapping[str, str], check: Check, team:
             add_side_files(plan.source, folder, form=plan.target.layout, dtype=plan.target.dtype)
         team.wait()
         found = noted(folder, mine)
-        if not team.leads:
-            team.wait()
-        writer = stack.enter_context(Writer(folder, plan.shards, beside=plan.sidecar, resume=True))
-        if team.leads:
-            team.wait()
+        with team.leader_first():
+            writer = stack.enter_context(Writer(folder, plan.shards, beside=plan.sidecar, resume=True))
         with Journal(folder.parent, mine, process=team.index) as journal:
             reader = stack.enter_context(plan.source.reader())
             worker = Worker(plan, reader, writer, journal, found)

@@ -65,6 +65,19 @@ class Team:
                 raise _peer_failed()
         return found
 
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """A context that the leader passes through before any other enters it.
+
+        Raises:
+            PeerFailed: another process failed.
+        """
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
+
     def require_all_well(self, workshop: Path) -> None:
         """Raise a PeerFailed if another process has said that it cannot go on."""
         if self.count > 1 and (workshop / FAILED).exists():
