@@ -118,10 +118,7 @@ def load_planner(name: str) -> Callable[..., StreamedPlan]:
     _loaded(name, point)
     found = getattr(importlib.import_module(point.module), "plan", None)
     if found is None:
-        what, remedy = (
-            f"the target {name} cannot be planned",
-            "ask the package that adds it; it may be written all the same",
-        )
+        what, remedy = f"the target {name} cannot be planned", "convert without a plan, or ask the package that adds it"
         raise JobError(Problem(what=what, got=f"{point.module} has no function plan", remedy=remedy))
     return cast("Callable[..., StreamedPlan]", found)
 

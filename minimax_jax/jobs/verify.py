@@ -90,7 +90,7 @@ def verify(
 def _chosen(
     sources: Sequence[Source], sample: str | None, certificate: Certificate | None
 ) -> tuple[Sample | None, Sequence[Entry]]:
-    """The entries to look at, and the sample that they are."""
+    """The sample that was asked for, if any, and the entries to look at."""
     entries = tuple(sources[0].survey.entries)
     taken, chosen = (None, entries) if sample is None else draw(entries, sample)
     if certificate is None:
