@@ -180,6 +180,8 @@ def test_a_part_of_what_torch_saves_is_told_for_what_it_is(tmp_path: Path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that it is not distributed
         dcp.save({"a": torch.ones(2)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    (problem,) = refused(tmp_path / "dcp" / ".metadata").problems
+    assert problem.remedy is not None and "give that folder" in problem.remedy
     (tmp_path / "dcp" / ".metadata").unlink()
     for place in (tmp_path / "dcp", tmp_path / "dcp" / "__0_0.distcp"):
         (problem,) = refused(place).problems

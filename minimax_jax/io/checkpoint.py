@@ -23,7 +23,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 _T = TypeVar("_T")
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-DCP_SUFFIX = ".distcp"
+DCP_SUFFIX, DCP_METADATA = ".distcp", ".metadata"
 _REQUESTS_AT_A_TIME = 16
 
 
@@ -71,7 +71,7 @@ def open_checkpoint(path: Location) -> Checkpoint:
         return _open_folder(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _open_indexed(path, path)
-    if path.suffix.lower() in PICKLES or path.suffix == DCP_SUFFIX:
+    if path.suffix.lower() in PICKLES or _is_of_dcp(path):
         raise FormatError(_nothing_to_open(path, [path]))
     return _merge(path, [read_header(path)])
 
@@ -185,11 +185,15 @@ def _merge(path: Location, headers: list[Header], index_file: Location | None = 
     return Checkpoint(path=path, tensors=tensors, metadata=metadata, files=files, index_file=index_file, states=states)
 
 
+def _is_of_dcp(file: Location) -> bool:
+    return file.suffix == DCP_SUFFIX or file.name == DCP_METADATA
+
+
 def _nothing_to_open(path: Location, listed: Iterable[Location]) -> Problem:
     listed = tuple(listed)
-    if any(file.suffix == DCP_SUFFIX for file in listed):
+    if any(_is_of_dcp(file) for file in listed):
         what = "a part of a checkpoint of torch.distributed.checkpoint, or one whose writing was stopped"
-        expected = "a folder on this machine with .metadata in it, which torch writes last"
+        expected = f"a folder on this machine with {DCP_METADATA} in it, which torch writes last"
         return Problem(what=what, file=str(path), expected=expected, remedy="give that folder, or save it again")
     pickles = [file.name for file in listed if file.suffix.lower() in PICKLES]
     if not pickles:

@@ -20,7 +20,7 @@ import numpy as np
 from minimax_jax.bulk import without_collector
 from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import FormatError, Problem, raise_if
-from minimax_jax.io.checkpoint import DCP_SUFFIX, for_each
+from minimax_jax.io.checkpoint import DCP_METADATA, DCP_SUFFIX, for_each
 from minimax_jax.io.files import FileState, short_file
 from minimax_jax.io.inert import Named, read_pickle
 from minimax_jax.io.jsonfile import is_text, shown
@@ -29,7 +29,7 @@ from minimax_jax.io.source import open_file, read_whole, require_within
 from minimax_jax.io.torch_archive import TORCH_DTYPES
 from minimax_jax.paths import is_file
 
-METADATA_NAME = ".metadata"
+METADATA_NAME = DCP_METADATA
 _MOST_METADATA_BYTES = 2**28
 _MOST_SIZE = 2**48
 _TABLE = "table of contents"

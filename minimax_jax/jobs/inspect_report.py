@@ -139,12 +139,19 @@ def tensor_view(facts: TensorFacts, *, everything: bool = False) -> Iterator[Any
 def _places(stored: Sequence[TensorInfo], top: int) -> Table:
     table = table_of("stored as", "file", "bytes")
     for info in stored[:top]:
-        name = info.file.name if isinstance(info.file, Path) else str(info.file)
-        table.add_row(Text(info.key), Text(name), f"{info.start:,} to {info.stop:,}")
+        table.add_row(Text(info.key), *_place(info))
     if len(stored) > top:
         files = len({info.file for info in stored})
         table.add_row(f"... and {len(stored) - top:,} more", f"{files:,} file{'' if files == 1 else 's'} in all", "")
     return table
+
+
+def _place(info: TensorInfo) -> tuple[Text, str]:
+    """In which file a tensor is, and where; of an array, in whose files its library keeps it."""
+    if info.file.name == info.key:
+        return Text(f"those of {info.file.parent.name}"), size(info.nbytes)
+    name = info.file.name if isinstance(info.file, Path) else str(info.file)
+    return Text(name), f"{info.start:,} to {info.stop:,}"
 
 
 def _experts(experts: Sequence[Statistics]) -> Table:
