@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ import torch.distributed.checkpoint
 from raw_safetensors import entry, library_reads, raw_bytes, write_file
 
 from minimax_jax import synthetic
+from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import CheckpointError
 from minimax_jax.io import dcp
 from minimax_jax.io.checkpoint import INDEX_NAME, open_checkpoint
@@ -161,7 +163,10 @@ def archive(content: bytes) -> bool:
     try:
         with contextlib.closing(LocalFile(file)) as opened:
             found = find_tensor(opened, 0, len(content), file=file, key="x")
-            array = found.read(opened, tuple(slice(0, size) for size in found.shape))
+            if math.prod(found.shape) > 2**20:  # some rows can be told to be repeated without end
+                return True
+            array = np.empty(found.shape, DTYPES[found.dtype])
+            found.fill(opened, tuple(slice(0, size) for size in found.shape), array)
     except CheckpointError:
         return False
     try:

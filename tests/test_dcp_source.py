@@ -21,9 +21,12 @@ from torch_modules import SIZES
 
 import minimax_jax as mj
 import torch_bridge.dcp
+from minimax_jax.dtypes import DTYPES
 from minimax_jax.errors import ConfigError, FormatError, LayoutError, Problem
 from minimax_jax.io import dcp
-from minimax_jax.io.dcp_reader import ChunkedArray
+from minimax_jax.io.checkpoint import Checkpoint
+from minimax_jax.io.dcp_reader import ChunkedArray, DcpReader
+from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.inert import read_pickle
 from minimax_jax.io.torch_archive import find_tensor
 from minimax_jax.jobs.source import open_source
@@ -145,6 +148,27 @@ def test_rows_of_it_are_read_by_a_reader(model):
             assert bytes(last) == want[key].tobytes()[-3:]
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_reading_takes_the_memory_of_what_is_read(tmp_path, turned):
+    """However a tensor lies: a range of its rows is a little of each column where those lie one behind the other."""
+    tensor = torch.arange(2**22, dtype=torch.int32).reshape(64, -1)
+    folder = saved(tmp_path / "dcp", {"x": tensor.T.contiguous().T if turned else tensor})
+    contents = dcp.describe(folder)
+    info = TensorInfo(key="x", dtype="I32", shape=tuple(tensor.shape), file=folder / "x", start=0, stop=2**24)
+    of_all = Checkpoint(path=folder, tensors={"x": info}, metadata={}, files=(), index_file=None, states={})
+    with DcpReader(of_all, contents) as reader:
+        for first, stop in ((0, 1), (3, 13), (0, 64)):
+            tracemalloc.start()
+            rows = reader.read(info, first, stop)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert np.array_equal(rows, tensor[first:stop].numpy()) and peak < rows.nbytes + 2**20 + 2**22 * turned
+        parts = [bytearray(2**18 + 7) for _ in range(3)]  # as they are read for a digest
+        for number, part in enumerate(parts):
+            reader.read_into(info.file, number * len(part), part)
+    assert b"".join(parts) == tensor.numpy().tobytes()[: 3 * len(parts[0])]
+
+
 def test_without_a_config_the_file_is_named(folder):
     with pytest.raises(ConfigError, match=r"config\.json"):
         mj.inspect(folder)
@@ -178,13 +202,21 @@ def lose_a_chunk(folder):
 
 
 def repeat_a_chunk(folder):
-    changed(folder, lambda table: table.state_dict_metadata["turned"].chunks.append(_half(table)))
+    changed(folder, lambda table: table.state_dict_metadata["turned"].chunks.extend(_parts(table, [(6, 1)])))
 
 
-def _half(table):
-    index = MetadataIndex("turned", (6, 0, 0))
-    table.storage_data[index] = table.storage_data[MetadataIndex("turned", (0, 0, 0))]
-    return ChunkStorageMetadata(torch.Size((6, 0, 0)), torch.Size((1, 5, 3)))
+def move_a_chunk(folder):
+    """As many elements as the tensor has, but not of each place one."""
+    parts = [(0, 4), (3, 3)]
+    changed(folder, lambda table: setattr(table.state_dict_metadata["turned"], "chunks", _parts(table, parts)))
+
+
+def _parts(table, parts):
+    """Chunks of a tensor from some row on, and of how many."""
+    for first, _ in parts:
+        place = MetadataIndex("turned", (first, 0, 0))
+        table.storage_data[place] = table.storage_data[MetadataIndex("turned", (0, 0, 0))]
+    return [ChunkStorageMetadata(torch.Size((first, 0, 0)), torch.Size((rows, 5, 3))) for first, rows in parts]
 
 
 def store_a_chunk_nowhere(folder):
@@ -209,6 +241,7 @@ DAMAGE = {
     cut_the_table: "table of contents cannot be read",
     lose_a_chunk: "gaps or overlaps",
     repeat_a_chunk: "gaps or overlaps",
+    move_a_chunk: "gaps or overlaps",
     store_a_chunk_nowhere: "stored nowhere",
     leave_the_folder: "no file of the folder",
     compress: "extension",
@@ -262,7 +295,9 @@ ARCHIVE = archive_of(torch.arange(6, dtype=torch.int16).reshape(2, 3).T)
 def read_archive(content):
     opened = InMemory(b"before" + content + b"behind")
     found = find_tensor(opened, 6, 6 + len(content), file="f", key="k")
-    return found.read(opened, tuple(slice(0, size) for size in found.shape))
+    whole = np.empty(found.shape, DTYPES[found.dtype])
+    found.fill(opened, tuple(slice(0, size) for size in found.shape), whole)
+    return whole
 
 
 def by_torch(content):
@@ -325,9 +360,13 @@ ROOM = b"\x80\x02Nr\xff\xff\xff\xff."
 BYTES = b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"."
 
 
-@pytest.mark.parametrize(("content", "what"), [(DEEP, "by name"), (ROOM, None), (BYTES, "KeyError"), (b"", "EOFError")])
+HARM = [(DEEP, "by name"), (ROOM, None), (BYTES, "KeyError"), (b"", "EOFError")]
+
+
+@pytest.mark.parametrize(("content", "what"), HARM)
 def test_pickles_that_are_made_to_harm_do_none(content, what):
-    """A key so deep that hashing it ends the process, room for four thousand million references, or for a terabyte."""
+    """A key so deep that hashing it ends the process, room for four thousand million references or for a terabyte, and
+    a state for a class."""
     expected = contextlib.nullcontext() if what is None else pytest.raises(FormatError, match=what)
     tracemalloc.start()
     try:

@@ -47,30 +47,35 @@ class ChunkedArray:
         self._stored: dict[Chunk, Stored] = {}
 
     def read_region(self, region: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """A box, a range with start and stop for each of the first axes, as a fresh array.
+        """A box, a range with start and stop for each of the first axes, as a fresh array; raises as `fill`."""
+        sizes = [part.stop - part.start for part in region]
+        box = np.empty((*sizes, *self._tensor.shape[len(region) :]), DTYPES[self._tensor.dtype])
+        self.fill(region, box)
+        return box
+
+    def fill(self, region: tuple[slice, ...], box: npt.NDArray[Any]) -> None:
+        """Read a box into an array of its dtype and shape.
 
         Raises:
             FormatError: a file has changed or cannot be read, or does not hold what the table of contents says.
         """
-        rest = self._tensor.shape[len(region) :]
-        box = (*region, *(slice(0, size) for size in rest))
-        whole = np.empty([part.stop - part.start for part in box], DTYPES[self._tensor.dtype])
+        wanted = (*region, *(slice(0, size) for size in self._tensor.shape[len(region) :]))
         for chunk in self._tensor.chunks:
-            there = [
-                _common(part, first, size) for part, first, size in zip(box, chunk.offsets, chunk.sizes, strict=True)
-            ]
+            there = list(map(_common, wanted, chunk.offsets, chunk.sizes))
             if all(part.start < part.stop for part in there):
-                found = self._read(chunk, tuple(map(_moved, there, chunk.offsets)))
-                whole[tuple(map(_moved, there, (part.start for part in box)))] = found
-        return whole
+                place: Any = (
+                    *map(_moved, there, (part.start for part in wanted)),
+                    ...,
+                )  # `...`: a view of a number, too
+                self._read(chunk, tuple(map(_moved, there, chunk.offsets)), box[place])
 
-    def _read(self, chunk: Chunk, box: tuple[slice, ...]) -> npt.NDArray[Any]:
+    def _read(self, chunk: Chunk, region: tuple[slice, ...], box: npt.NDArray[Any]) -> None:
         spot = chunk.spot
         with contextlib.closing(open_file(spot.file, self._states[spot.file])) as opened:
             if chunk not in self._stored:
                 found = find_tensor(opened, spot.start, spot.stop, file=spot.file, key=self._tensor.key)
                 self._stored[chunk] = self._fitting(found, chunk)
-            return self._stored[chunk].read(opened, box)
+            self._stored[chunk].fill(opened, region, box)
 
     def _fitting(self, found: Stored, chunk: Chunk) -> Stored:
         if (found.dtype, found.shape) == (self._tensor.dtype, chunk.sizes):

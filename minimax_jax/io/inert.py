@@ -22,7 +22,7 @@ _DAMAGE = (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError,
 """What Python's loader says of damage."""
 
 _TAKEN = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
+    *(pickle.PROTO, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
     *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
     *(pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
     *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
@@ -78,11 +78,28 @@ def _load(data: bytes, file: Location, what: str) -> tuple[object, frozenset[str
 
 class _Loader(pickle._Unpickler):  # the one in C makes room for as many references as a pickle says that it has
     stack: list[Any]
+    metastack: list[list[Any]]
     pop_mark: Callable[[], list[Any]]
 
     def __init__(self, stream: io.BytesIO):
         super().__init__(stream)
         self.names: set[str] = set()
+        self.read, self.readline = stream.read, stream.readline
+        self.stack, self.metastack, self.proto = [], [], 0
+        self.append = self.stack.append
+
+    def load(self) -> object:
+        """As the base class does it, but for frames: what is in memory is not read in parts."""
+        read, dispatch = self.read, self.dispatch
+        while (code := read(1)) != pickle.STOP:
+            if not code:
+                raise EOFError
+            dispatch[code[0]](self)
+        return self.stack.pop()
+
+    def skip_frame(self) -> None:
+        """The size of a frame."""
+        self.read(8)
 
     def find_class(self, module: str, name: str) -> Named:
         """The name."""
@@ -129,6 +146,7 @@ class _Loader(pickle._Unpickler):  # the one in C makes room for as many referen
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **{code[0]: pickle._Unpickler.dispatch[code[0]] for code in _TAKEN},
+        pickle.FRAME[0]: skip_frame,
         pickle.REDUCE[0]: call,
         pickle.NEWOBJ[0]: call,
         pickle.BUILD[0]: build,

@@ -187,6 +187,10 @@ class Rows:
             found: npt.NDArray[Any] = self._array[region].read().result()
         return found
 
+    def fill(self, region: tuple[slice, ...], box: npt.NDArray[Any]) -> None:
+        """Read a box of the array into one of its dtype and shape; as `read_region`."""
+        box[...] = self.read_region(region)
+
 
 def chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
     """How many rows of its leading axis one chunk of an array holds, at least 1.
