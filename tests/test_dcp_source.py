@@ -1,5 +1,6 @@
 """Checkpoints of torch.distributed.checkpoint as sources: what torch saved is read here, without torch."""
 
+import collections
 import contextlib
 import io
 import pickle
@@ -344,6 +345,19 @@ def test_nothing_that_a_table_names_is_run(folder, tmp_path):
         assert mark.exists()
 
 
+def test_no_other_table_than_the_one_that_was_looked_at_is_loaded(folder, tmp_path):
+    """torch takes a table of one process where that of all is false, as an empty dict is."""
+    copy = shutil.copytree(folder, tmp_path / "dcp")
+    mark = tmp_path / "it-ran"
+    table = collections.OrderedDict()
+    table.__dict__.update(pickle.loads((copy / dcp.METADATA_NAME).read_bytes()).__dict__, state_dict_metadata={})
+    (copy / dcp.METADATA_NAME).write_bytes(pickle.dumps(table))
+    (copy / "__0.metadata").write_bytes(pickle.dumps(Runs(mark)))
+    with pytest.raises(FormatError, match="no table of contents"):
+        torch_bridge.dcp.load({}, copy)
+    assert not mark.exists()
+
+
 def test_nothing_that_an_archive_names_is_run(tmp_path):
     stream = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(ARCHIVE)) as archive, zipfile.ZipFile(stream, "w") as other:
@@ -357,10 +371,11 @@ def test_nothing_that_an_archive_names_is_run(tmp_path):
 
 DEEP = b"\x80\x02})" + b"\x85" * 500_000 + b"Ns."
 ROOM = b"\x80\x02Nr\xff\xff\xff\xff."
+CLASS = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}\x86b."
 BYTES = b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"."
 
 
-HARM = [(DEEP, "by name"), (ROOM, None), (BYTES, "KeyError"), (b"", "EOFError")]
+HARM = [(DEEP, "by name"), (ROOM, None), (CLASS, "state of an instance"), (BYTES, "KeyError"), (b"", "EOFError")]
 
 
 @pytest.mark.parametrize(("content", "what"), HARM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,19 @@ class Reader(FileSystemReader):
     """torch's reader, for which Python would run whatever a table of contents names."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The table of contents.
+        """The table of contents of all processes; it is the bytes that were looked at that Python's loader gets.
 
         Raises:
-            FormatError: it names what torch does not write there.
+            FormatError: it names what torch does not write there, or is something else.
             OSError: there is none.
         """
         file = Path(self.path) / METADATA_NAME
-        what = "no checkpoint can be opened here: its table of contents"
-        foreign = names_in(file.read_bytes(), file=file, what=what) - _HARMLESS
+        what, content = "no checkpoint can be opened here: its table of contents", file.read_bytes()
+        foreign = names_in(content, file=file, what=what) - _HARMLESS
         if foreign:
             what, remedy = f"{what} would run code", "if you trust it, load it by torch alone"
             raise FormatError(Problem(what=what, file=str(file), got=", ".join(sorted(foreign)[:3]), remedy=remedy))
-        return super().read_metadata(*args, **kwargs)
+        metadata = pickle.loads(content)
+        if not isinstance(metadata, Metadata):  # instead of one that is false, torch would load another file
+            raise FormatError(Problem(what="no table of contents", file=str(file), got=type(metadata).__name__))
+        return metadata

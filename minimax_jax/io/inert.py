@@ -124,9 +124,11 @@ class _Loader(pickle._Unpickler):  # the one in C makes room for as many referen
     def build(self) -> None:
         """Note a state."""
         state = self.stack.pop()
-        if not isinstance(self.stack[-1], Named):
-            raise TypeError("not the state of an instance")
-        self.stack[-1].state = state
+        match self.stack[-1]:
+            case Named(args=tuple()) as made:
+                made.state = state
+            case _:
+                raise TypeError("not the state of an instance")  # that of a class would change it for the whole process
 
     def set_item(self) -> None:
         """One item of a dict."""
