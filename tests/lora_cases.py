@@ -5,6 +5,7 @@ import warnings
 import helpers
 import numpy as np
 import torch
+from conversion_cases import CONFIGS
 from helpers import F32
 
 with warnings.catch_warnings():
@@ -22,6 +23,9 @@ CFG = helpers.config(
     rotary_dim=4,
     weight_block_size=(8, 4),
 )
+MANY = CONFIGS["a batch and a rest"]
+"""More experts than go at once; its programs are those of other tests."""
+
 PEFT = "base_model.model."
 HUB = {"gate": "block_sparse_moe.experts.{}.w1", "up": "block_sparse_moe.experts.{}.w3"}
 HUB |= {"down": "block_sparse_moe.experts.{}.w2"}

@@ -69,5 +69,5 @@ def test_prompts_are_looked_at_before_the_weights(made, prompts):
     with pytest.raises(mj.JobError):
         smoke_test(made / "hf", prompts=prompts, progress=moments.append)
     assert moments == []
-    smoke_test(made / "hf", prompts=[[1]], max_new_tokens=1, progress=moments.append)
+    smoke_test(made / "hf", prompts=[[1, 2, 3]], max_new_tokens=5, progress=moments.append)  # compiled above
     assert moments

@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import folders
+import jax
 import numpy as np
 import pytest
 import torch
@@ -75,7 +76,7 @@ def nothing_yet(folder):
 
 def check_jax(names, norm):
     np.testing.assert_array_equal(np.asarray(names["tree"]["model.norm.weight"]).astype(np.float32), norm)
-    logits = names["model"](np.array([[1, 2, 3]]))
+    logits = jax.jit(lambda model: model(np.array([[1, 2, 3]])))(names["model"])
     assert logits.shape == (1, 3, 264) and np.isfinite(np.asarray(logits)).all()
 
 

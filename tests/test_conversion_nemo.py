@@ -10,7 +10,7 @@ import minimax_jax as mj
 
 SMALL = config(hidden_size=200, intermediate_size=72, num_hidden_layers=1)
 CONFIGS = {
-    "ragged": config(num_local_experts=5),
+    "ragged": config(),
     "one expert": config(num_local_experts=1, hidden_size=256, intermediate_size=128, num_hidden_layers=1),
     "many experts": SMALL.replace(num_local_experts=21),
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import BF16, F32, FP8, SUFFIX, bits, differences, random_hf
-from lora_cases import CFG, EXPERTS, HIDDEN, LAYERS, MLP, PEFT, RANK, W1, keys_of, random_lora, tiny_model
+from lora_cases import CFG, EXPERTS, HIDDEN, LAYERS, MANY, MLP, PEFT, RANK, W1, keys_of, random_lora, tiny_model
 from safetensors.numpy import save_file
 from torch_helpers import in_numpy, in_torch, to_numpy
 
@@ -159,14 +159,13 @@ def test_a_merged_fp8_weight_that_is_not_finite_is_named():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, None])
 def test_more_experts_than_go_at_once_merge_as_a_trace_does(dtype):
-    cfg = CFG.replace(num_local_experts=21, num_hidden_layers=1)
-    native = mj.from_hf(random_hf(cfg), cfg, dtype=dtype)
-    whole = {key: np.round(array) for key, array in random_lora(cfg=cfg).items()}  # exact in any order of summation
-    lora = group_lora(whole, cfg)
-    merged = merge_lora(native, lora, cfg, scaling=0.5)
-    jitted = jax.jit(lambda n, x: merge_lora(n, x, cfg, scaling=0.5))(native, lora)
+    native = mj.from_hf(random_hf(MANY), MANY, dtype=dtype)
+    whole = {key: np.round(array) for key, array in random_lora(cfg=MANY).items()}  # exact in any order of summation
+    lora = group_lora(whole, MANY)
+    merged = merge_lora(native, lora, MANY, scaling=0.5)
+    jitted = jax.jit(lambda n, x: merge_lora(n, x, MANY, scaling=0.5))(native, lora)
     fp8 = dtype is None
-    assert not differences(mj.to_hf(merged, cfg, quantization=fp8), mj.to_hf(jitted, cfg, quantization=fp8))
+    assert not differences(mj.to_hf(merged, MANY, quantization=fp8), mj.to_hf(jitted, MANY, quantization=fp8))
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
