@@ -5,6 +5,7 @@ import contextlib
 import io
 import pickle
 import shutil
+import struct
 import tracemalloc
 import warnings
 import zipfile
@@ -29,6 +30,7 @@ from minimax_jax.io.checkpoint import Checkpoint
 from minimax_jax.io.dcp_reader import ChunkedArray, DcpReader
 from minimax_jax.io.header import TensorInfo
 from minimax_jax.io.inert import read_pickle
+from minimax_jax.io.source import LocalFile
 from minimax_jax.io.torch_archive import find_tensor
 from minimax_jax.jobs.source import open_source
 from torch_bridge.arrays import to_torch
@@ -73,7 +75,7 @@ def changed(folder, change):
 def odd_ones():
     """Tensors that do not lie in memory row by row, of many dtypes, and what is no tensor."""
     numbers = torch.arange(105.0).reshape(5, 3, 7)
-    dtypes = (torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+    dtypes = (torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2)
     whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
     return {
         **{str(dtype): numbers.to(dtype) for dtype in (*dtypes, *whole)},
@@ -171,7 +173,7 @@ def test_reading_takes_the_memory_of_what_is_read(tmp_path, turned):
 
 
 def test_without_a_config_the_file_is_named(folder):
-    with pytest.raises(ConfigError, match=r"config\.json"):
+    with pytest.raises(ConfigError, match=r"copy the model's config\.json into it"):
         mj.inspect(folder)
 
 
@@ -254,8 +256,9 @@ DAMAGE = {
 def test_damage_is_named_before_anything_is_read(folder, tmp_path, damage):
     copy = shutil.copytree(folder, tmp_path / "dcp")
     damage(copy)
-    with pytest.raises(FormatError, match=DAMAGE[damage]):
+    with pytest.raises(FormatError, match=DAMAGE[damage]) as caught:
         dcp.describe(copy)
+    assert damage is lose_a_file or "remedy: " in str(caught.value)
 
 
 def test_a_chunk_that_is_another_than_the_table_says_is_refused(folder, tmp_path):
@@ -299,6 +302,15 @@ def read_archive(content):
     whole = np.empty(found.shape, DTYPES[found.dtype])
     found.fill(opened, tuple(slice(0, size) for size in found.shape), whole)
     return whole
+
+
+def test_an_archive_of_a_torch_that_said_nothing_of_its_byte_order_is_read():
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(ARCHIVE)) as archive, zipfile.ZipFile(stream, "w") as other:
+        for name in archive.namelist():
+            if not name.endswith("byteorder"):
+                other.writestr(name, archive.read(name))
+    assert plain(read_archive(stream.getvalue())) == by_torch(stream.getvalue())
 
 
 def by_torch(content):
@@ -369,19 +381,43 @@ def test_nothing_that_an_archive_names_is_run(tmp_path):
     assert not (tmp_path / "it-ran").exists()
 
 
+def test_a_list_of_entries_without_end_is_not_read(tmp_path):
+    file, size = tmp_path / FILE, 2**26
+    with file.open("wb") as stream:
+        stream.truncate(size)
+        stream.seek(size)
+        stream.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, size, 0, 0))
+    tracemalloc.start()
+    with contextlib.closing(LocalFile(file)) as opened, pytest.raises(FormatError, match="list of entries is too long"):
+        find_tensor(opened, 0, size + 22, file=file, key="k")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
 DEEP = b"\x80\x02})" + b"\x85" * 500_000 + b"Ns."
 ROOM = b"\x80\x02Nr\xff\xff\xff\xff."
 CLASS = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}\x86b."
+NUMBERS = (
+    b"\x80\x02}(" + b"".join(b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") + b"N" for n in range(9)) + b"u."
+)
 BYTES = b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"."
 
 
-HARM = [(DEEP, "by name"), (ROOM, None), (CLASS, "state of an instance"), (BYTES, "KeyError"), (b"", "EOFError")]
+HARM = [
+    (DEEP, "by name"),
+    (NUMBERS, "by name"),
+    (ROOM, None),
+    (CLASS, "state of an instance"),
+    (BYTES, "KeyError"),
+    (b"", "EOFError"),
+]
 
 
 @pytest.mark.parametrize(("content", "what"), HARM)
 def test_pickles_that_are_made_to_harm_do_none(content, what):
-    """A key so deep that hashing it ends the process, room for four thousand million references or for a terabyte, and
-    a state for a class."""
+    """A key so deep that hashing it ends the process, keys that share a hash, room for four thousand million references
+    or for a terabyte, and a state for a class."""
     expected = contextlib.nullcontext() if what is None else pytest.raises(FormatError, match=what)
     tracemalloc.start()
     try:

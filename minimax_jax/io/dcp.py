@@ -103,7 +103,8 @@ def describe(folder: Path) -> Contents:
     try:
         tensors, objects = _contents(told, folder)
     except ValueError as error:
-        raise FormatError(Problem(what=f"{_TABLE} cannot be read", file=str(file), got=str(error))) from error
+        what, remedy = f"{_TABLE} cannot be read", "save the checkpoint again, as plain tensors and without extensions"
+        raise FormatError(Problem(what=what, file=str(file), got=str(error), remedy=remedy)) from error
     raise_if((problem for tensor in tensors.values() for problem in _gaps(tensor, file)), FormatError)
     spots = [chunk.spot for tensor in tensors.values() for chunk in tensor.chunks]
     files = sorted({spot.file for spot in spots})

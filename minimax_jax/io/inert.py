@@ -73,7 +73,8 @@ def _load(data: bytes, file: Location, what: str) -> tuple[object, frozenset[str
         return loader.load(), frozenset(loader.names)
     except _DAMAGE as error:
         got = f"{type(error).__name__}: {saying(error)}"[:_SHOWN]
-        raise FormatError(Problem(what=f"{what} cannot be read", file=str(file), got=got)) from error
+        remedy = "copy the file again, or save the checkpoint anew"
+        raise FormatError(Problem(what=f"{what} cannot be read", file=str(file), got=got, remedy=remedy)) from error
 
 
 class _Loader(pickle._Unpickler):  # the one in C makes room for as many references as a pickle says that it has
@@ -142,7 +143,7 @@ class _Loader(pickle._Unpickler):  # the one in C makes room for as many referen
 
     def _set(self, items: Iterable[tuple[object, object]]) -> None:
         for key, value in items:
-            if not isinstance(key, str | int | Named) or not isinstance(self.stack[-1], dict):
+            if not isinstance(key, str | Named) or not isinstance(self.stack[-1], dict):
                 raise TypeError("not an item of a dict by name")  # a deep tuple would be hashed without bound
             self.stack[-1][key] = value
 

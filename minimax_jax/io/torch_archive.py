@@ -27,6 +27,7 @@ _STORAGES = {
     "torch.HalfStorage": "F16",
     "torch.FloatStorage": "F32",
     "torch.DoubleStorage": "F64",
+    "torch.ComplexFloatStorage": "C64",
     "torch.LongStorage": "I64",
     "torch.IntStorage": "I32",
     "torch.ShortStorage": "I16",
@@ -99,7 +100,7 @@ def find_tensor(opened: OpenFile, start: int, stop: int, *, file: Location, key:
     """
     try:
         archive = _Archive(opened, start, stop)
-        if archive.read("byteorder") != b"little":
+        if archive.read("byteorder", absent=b"little") != b"little":  # torch before 2.1 said nothing of it
             raise ValueError("numbers are not in little-endian order")
         told = read_pickle(archive.read("data.pkl"), file=file, what="description of a tensor")
         return _stored(told, archive)
@@ -114,7 +115,7 @@ class _Archive:
 
     def __init__(self, opened: OpenFile, start: int, stop: int):
         self._opened, self._start, self._stop = opened, start, stop
-        with zipfile.ZipFile(io.BufferedReader(_Window(opened, start, stop))) as archive:
+        with zipfile.ZipFile(_Window(opened, start, stop)) as archive:
             entries = [entry for entry in archive.infolist() if entry.compress_type == zipfile.ZIP_STORED]
         self._entries = {entry.filename.partition("/")[2]: entry for entry in entries}
 
@@ -127,8 +128,10 @@ class _Archive:
             raise ValueError(f"{name} is not inside")
         return start, start + entry.file_size
 
-    def read(self, name: str) -> bytes:
-        """A small file."""
+    def read(self, name: str, *, absent: bytes | None = None) -> bytes:
+        """A small file, or what stands for it where there is none."""
+        if absent is not None and name not in self._entries:
+            return absent
         start, stop = self.part(name)
         if stop - start > _MOST_SMALL_BYTES:
             raise ValueError(f"{name} is too long")
@@ -138,30 +141,26 @@ class _Archive:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A part of a file, as a file for `zipfile`, which asks at once for as much as an archive says."""
 
     def __init__(self, opened: OpenFile, start: int, stop: int):
         self._opened, self._start, self._nbytes, self._at = opened, start, stop - start, 0
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Go to a position."""
         self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence])
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
+    def read(self, nbytes: int = -1) -> bytes:
         """Read on."""
-        view = memoryview(buffer)[: max(0, self._nbytes - self._at)]
-        self._opened.read_into(self._start + self._at, view)
-        self._at += view.nbytes
-        return view.nbytes
+        left = max(0, self._nbytes - self._at)
+        wanted = left if nbytes < 0 else min(nbytes, left)
+        if wanted > _MOST_SMALL_BYTES:
+            raise ValueError("list of entries is too long")
+        content = bytearray(wanted)
+        self._opened.read_into(self._start + self._at, memoryview(content))
+        self._at += wanted
+        return bytes(content)
 
 
 def _stored(told: object, archive: _Archive) -> Stored:

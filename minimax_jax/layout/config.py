@@ -153,7 +153,8 @@ def _locate(path: str | Path) -> Path:
         return _download(text)
     if not is_file(local):
         what = "not a regular file" if os.path.lexists(local) else "no such file"
-        raise ConfigError(Problem(what=what, file=str(local), remedy=did_you_mean(Path(path), _FORMS)))
+        how = f"copy the model's {CONFIG_NAME} into it, or {_FORMS}" if is_folder(path_of(path)) else _FORMS
+        raise ConfigError(Problem(what=what, file=str(local), remedy=did_you_mean(Path(path), how)))
     return local
 
 
