@@ -261,6 +261,12 @@ def test_damage_is_named_before_anything_is_read(folder, tmp_path, damage):
     assert damage is lose_a_file or "remedy: " in str(caught.value)
 
 
+def test_a_table_of_contents_alone_is_told_as_a_part_of_a_checkpoint(folder, tmp_path):
+    shutil.copy(folder / dcp.METADATA_NAME, tmp_path)
+    with pytest.raises(FormatError, match=r"a part of a checkpoint of torch.*\n.*\n.*and \*\.distcp files"):
+        mj.inspect(tmp_path)
+
+
 def test_a_chunk_that_is_another_than_the_table_says_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "dcp")
 

@@ -15,6 +15,7 @@ from minimax_jax.io.files import FileState, io_errors
 from minimax_jax.io.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header
 from minimax_jax.io.jsonfile import is_text, parse_object, shown
 from minimax_jax.io.location import Location
+from minimax_jax.paths import is_file
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -191,9 +192,11 @@ def _is_of_dcp(file: Location) -> bool:
 
 def _nothing_to_open(path: Location, listed: Iterable[Location]) -> Problem:
     listed = tuple(listed)
-    if any(_is_of_dcp(file) for file in listed):
+    if any(_is_of_dcp(file) for file in listed) or (isinstance(path, Path) and is_file(path / DCP_METADATA)):
         what = "a part of a checkpoint of torch.distributed.checkpoint, or one whose writing was stopped"
-        expected = f"a folder on this machine with {DCP_METADATA} in it, which torch writes last"
+        expected = (
+            f"a folder on this machine with {DCP_METADATA} in it, which torch writes last, and *{DCP_SUFFIX} files"
+        )
         return Problem(what=what, file=str(path), expected=expected, remedy="give that folder, or save it again")
     pickles = [file.name for file in listed if file.suffix.lower() in PICKLES]
     if not pickles:
