@@ -30,7 +30,7 @@ from minimax_jax.io.torch_archive import TORCH_DTYPES
 from minimax_jax.paths import is_file
 
 METADATA_NAME = DCP_METADATA
-_MOST_METADATA_BYTES = 2**28
+_MOST_METADATA_BYTES = 2**30
 _MOST_SIZE = 2**48
 _PRIME = 2**127 - 1
 _TABLE = "table of contents"
