@@ -2,48 +2,30 @@
 
 import collections
 import contextlib
-import io
 import pickle
 import shutil
-import struct
 import tracemalloc
-import warnings
-import zipfile
 
 import folders
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as tdcp
+from dcp_cases import Runs, plain, plain_of, saved
 from helpers import config, random_hf
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
 from torch_modules import SIZES
 
 import minimax_jax as mj
 import torch_bridge.dcp
-from minimax_jax.dtypes import DTYPES
-from minimax_jax.errors import ConfigError, FormatError, LayoutError, Problem
+from minimax_jax.errors import ConfigError, FormatError, LayoutError
 from minimax_jax.io import dcp
 from minimax_jax.io.checkpoint import Checkpoint
 from minimax_jax.io.dcp_reader import ChunkedArray, DcpReader
 from minimax_jax.io.header import TensorInfo
-from minimax_jax.io.inert import read_pickle
-from minimax_jax.io.source import LocalFile
-from minimax_jax.io.torch_archive import find_tensor
 from minimax_jax.jobs.source import open_source
 from torch_bridge.arrays import to_torch
 
 FILE = "__0_0.distcp"
-
-
-def saved(folder, tensors):
-    """A folder as torch saves it, by one process."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that it is not distributed
-        tdcp.save(tensors, checkpoint_id=folder)
-    return folder
 
 
 def read(folder):
@@ -51,16 +33,6 @@ def read(folder):
     contents = dcp.describe(folder)
     arrays = {key: ChunkedArray(each, contents.states).read_region(()) for key, each in contents.tensors.items()}
     return {key: plain(array) for key, array in arrays.items()}
-
-
-def plain(array):
-    return array.dtype.name, array.shape, array.tobytes()
-
-
-def plain_of(tensor):
-    """The same of torch's, by torch."""
-    content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), content
 
 
 def changed(folder, change):
@@ -280,75 +252,7 @@ def test_a_chunk_that_is_another_than_the_table_says_is_refused(folder, tmp_path
     assert "I8 [5, 3, 7]" in str(caught.value) and "U8 [5, 3, 7]" in str(caught.value)
 
 
-class InMemory:
-    """A file that is only bytes."""
-
-    def __init__(self, content):
-        self.content = content
-
-    def read_into(self, start, buffer):
-        found = self.content[start : start + buffer.nbytes] if start >= 0 else b""
-        if len(found) != buffer.nbytes:
-            raise FormatError(Problem(what="the bytes end here"))
-        buffer[:] = found
-
-
-def archive_of(tensor):
-    stream = io.BytesIO()
-    torch.save(tensor, stream)
-    return stream.getvalue()
-
-
-ARCHIVE = archive_of(torch.arange(6, dtype=torch.int16).reshape(2, 3).T)
-
-
-def read_archive(content):
-    opened = InMemory(b"before" + content + b"behind")
-    found = find_tensor(opened, 6, 6 + len(content), file="f", key="k")
-    whole = np.empty(found.shape, DTYPES[found.dtype])
-    found.fill(opened, tuple(slice(0, size) for size in found.shape), whole)
-    return whole
-
-
-def test_an_archive_of_a_torch_that_said_nothing_of_its_byte_order_is_read():
-    stream = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(ARCHIVE)) as archive, zipfile.ZipFile(stream, "w") as other:
-        for name in archive.namelist():
-            if not name.endswith("byteorder"):
-                other.writestr(name, archive.read(name))
-    assert plain(read_archive(stream.getvalue())) == by_torch(stream.getvalue())
-
-
-def by_torch(content):
-    """What torch's safe loader makes of an archive; it says of damage what it likes."""
-    try:
-        return plain_of(torch.load(io.BytesIO(content), weights_only=True))
-    except Exception:
-        return "damaged"
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, len(ARCHIVE) - 1), st.integers(0, 255)), min_size=1, max_size=3))
-def test_an_archive_with_other_bytes_is_an_error_or_what_torch_reads(changes):
-    content = bytearray(ARCHIVE)
-    for place, byte in changes:
-        content[place] = byte
-    with contextlib.suppress(FormatError):
-        ours = read_archive(bytes(content))
-        assert by_torch(content) in (plain(ours), "damaged")
-
-
-# ---- pickles
-
-
-class Runs:
-    """Python's own loader leaves a file behind as it reads this."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return open, (str(self.mark), "w")
+# ---- code in tables
 
 
 def test_nothing_that_a_table_names_is_run(folder, tmp_path):
@@ -374,61 +278,3 @@ def test_no_other_table_than_the_one_that_was_looked_at_is_loaded(folder, tmp_pa
     with pytest.raises(FormatError, match="no table of contents"):
         torch_bridge.dcp.load({}, copy)
     assert not mark.exists()
-
-
-def test_nothing_that_an_archive_names_is_run(tmp_path):
-    stream = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(ARCHIVE)) as archive, zipfile.ZipFile(stream, "w") as other:
-        for name in archive.namelist():
-            pickled = name.endswith("data.pkl")
-            other.writestr(name, pickle.dumps(Runs(tmp_path / "it-ran"), 2) if pickled else archive.read(name))
-    with pytest.raises(FormatError, match="not the description of a plain tensor"):
-        read_archive(stream.getvalue())
-    assert not (tmp_path / "it-ran").exists()
-
-
-def test_a_list_of_entries_without_end_is_not_read(tmp_path):
-    file, size = tmp_path / FILE, 2**26
-    with file.open("wb") as stream:
-        stream.truncate(size)
-        stream.seek(size)
-        stream.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, size, 0, 0))
-    tracemalloc.start()
-    with contextlib.closing(LocalFile(file)) as opened, pytest.raises(FormatError, match="list of entries is too long"):
-        find_tensor(opened, 0, size + 22, file=file, key="k")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2**22
-
-
-DEEP = b"\x80\x02})" + b"\x85" * 500_000 + b"Ns."
-ROOM = b"\x80\x02Nr\xff\xff\xff\xff."
-CLASS = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}\x86b."
-NUMBERS = (
-    b"\x80\x02}(" + b"".join(b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little") + b"N" for n in range(9)) + b"u."
-)
-BYTES = b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"."
-
-
-HARM = [
-    (DEEP, "by name"),
-    (NUMBERS, "by name"),
-    (ROOM, None),
-    (CLASS, "state of an instance"),
-    (BYTES, "KeyError"),
-    (b"", "EOFError"),
-]
-
-
-@pytest.mark.parametrize(("content", "what"), HARM)
-def test_pickles_that_are_made_to_harm_do_none(content, what):
-    """A key so deep that hashing it ends the process, keys that share a hash, room for four thousand million references
-    or for a terabyte, and a state for a class."""
-    expected = contextlib.nullcontext() if what is None else pytest.raises(FormatError, match=what)
-    tracemalloc.start()
-    try:
-        with expected:
-            read_pickle(content, file="f", what="it")
-        assert tracemalloc.get_traced_memory()[1] < 2**27
-    finally:
-        tracemalloc.stop()
