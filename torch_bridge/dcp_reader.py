@@ -53,5 +53,6 @@ class Reader(FileSystemReader):
             raise FormatError(Problem(what=what, file=str(file), got=", ".join(sorted(foreign)[:3]), remedy=remedy))
         metadata = pickle.loads(content)
         if not isinstance(metadata, Metadata):  # instead of one that is false, torch would load another file
-            raise FormatError(Problem(what="no table of contents", file=str(file), got=type(metadata).__name__))
+            got, remedy = type(metadata).__name__, "copy the file again, or save the checkpoint anew"
+            raise FormatError(Problem(what="no table of contents", file=str(file), got=got, remedy=remedy))
         return metadata

@@ -63,11 +63,9 @@ class ChunkedArray:
         for chunk in self._tensor.chunks:
             there = list(map(_common, wanted, chunk.offsets, chunk.sizes))
             if all(part.start < part.stop for part in there):
-                place: Any = (
-                    *map(_moved, there, (part.start for part in wanted)),
-                    ...,
-                )  # `...`: a view of a number, too
-                self._read(chunk, tuple(map(_moved, there, chunk.offsets)), box[place])
+                inside = tuple(map(_moved, there, chunk.offsets))
+                place: tuple[Any, ...] = (*map(_moved, there, (part.start for part in wanted)), ...)
+                self._read(chunk, inside, box[place])  # by `...` a view, of a number too
 
     def _read(self, chunk: Chunk, region: tuple[slice, ...], box: npt.NDArray[Any]) -> None:
         spot = chunk.spot
